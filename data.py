@@ -1,0 +1,264 @@
+"""The images: one uint8 tensor per split, N×3×32×32, small enough to live on the device.
+
+Three sources:
+
+    cifar10        torchvision's CIFAR-10, in data/, downloaded and checksummed if not there
+    PATH           a folder of images, PATH/train and PATH/test, with or without class folders;
+                   or a folder that holds torchvision's cifar-10-batches-py
+    dead-leaves    generated, needs no network: overlapping discs (Lee, Mumford & Huang 2001)
+
+A tenth of the training images is held out for validation, always the same tenth. The test split
+is read by `load_test_images` alone.
+"""
+
+import hashlib
+import socket
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from runtime import InputError, import_torchvision, progress_bar
+from storage import load_checkpoint, save_checkpoint
+
+DATA_DIR = Path(__file__).resolve().parent / "data"  # downloads and decoded folders
+IMAGE_SIZE = 32  # pixels a side
+SPLIT_SEED = 0  # which images are held out, and which dead leaves fall: the same in every run
+DOWNLOAD_TIMEOUT = 20  # seconds without a byte before a download counts as failed
+
+# Dead leaves: as many images as CIFAR-10 has.
+DEAD_LEAVES_IMAGES = {"train": 45_000, "val": 5_000, "test": 10_000}
+DEAD_LEAVES_CHUNK = 500  # images drawn at once; each chunk has its own seed
+DISCS = 128  # per image, over a background: about 97% of it is covered
+RADII = (2.0, 24.0)  # pixels, smallest and largest; density falls as radius ** -3
+MARGIN = 8.0  # pixels around the image in which discs may be centred
+SUPERSAMPLING = 2  # samples per pixel side, for smooth edges
+
+
+class TrainingImages(NamedTuple):
+    train: torch.Tensor  # uint8, N×3×32×32
+    val: torch.Tensor    # uint8, M×3×32×32, held out of the training images
+    record: dict         # where they come from, how many, and a fingerprint of the pixels
+
+
+def load_training_images(source, limit=0):
+    """The training images of a source, a tenth of them held out for validation.
+
+    Args:
+        source: `cifar10`, `dead-leaves`, or the path of a folder.
+        limit: train on the first N images only (and hold out at most N); 0 takes all.
+
+    Raises InputError where the images are missing, unreadable or cannot be downloaded.
+    """
+    if source == "dead-leaves":
+        train_count, val_count = DEAD_LEAVES_IMAGES["train"], DEAD_LEAVES_IMAGES["val"]
+        if limit:
+            train_count, val_count = min(limit, train_count), min(limit, val_count)
+        train = dead_leaves(train_count, SPLIT_SEED, "train")
+        val = dead_leaves(val_count, SPLIT_SEED, "val")
+    else:
+        images = load_split(source, "train")
+        if len(images) < 2:
+            raise InputError(f"{source} has {len(images)} training image: at least 2 are needed")
+        # Folders come sorted by class, so the order is shuffled before anything is cut from it.
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(SPLIT_SEED))
+        held_out = max(1, len(images) // 10)
+        val, train = images[order[:held_out]], images[order[held_out:]]
+        if limit:
+            train, val = train[:limit], val[:limit]
+    fingerprint = hashlib.sha256(train.numpy().tobytes() + val.numpy().tobytes()).hexdigest()[:16]
+    record = {
+        "data": source,
+        "train_images": len(train),
+        "val_images": len(val),
+        "pixels_sha256": fingerprint,
+    }
+    return TrainingImages(train, val, record)
+
+
+def load_test_images(source, limit=0):
+    """The test images of a source, uint8, N×3×32×32: for final figures only.
+
+    Args and errors are those of `load_training_images`; a limit shortens dead leaves alone, since
+    figures on a part of a real test split compare with nothing.
+    """
+    if source == "dead-leaves":
+        count = DEAD_LEAVES_IMAGES["test"]
+        return dead_leaves(min(limit, count) if limit else count, SPLIT_SEED, "test")
+    return load_split(source, "test")
+
+
+def load_split(source, split):
+    if source == "cifar10":
+        return load_cifar10(DATA_DIR, split, download=True)
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        raise InputError(
+            f"there is no folder {source}: --data takes cifar10, dead-leaves, or the path of a "
+            "folder with train/ and test/"
+        )
+    if (folder / "cifar-10-batches-py").is_dir():
+        return load_cifar10(folder, split, download=False)
+    return load_folder(folder / split)
+
+
+# --- CIFAR-10 ---
+
+
+def load_cifar10(root, split, download):
+    datasets = import_torchvision().datasets
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
+    try:
+        dataset = datasets.CIFAR10(root, train=split == "train", download=download)
+    except Exception as error:  # URL, socket, disk and checksum errors share no narrower base
+        raise InputError(
+            f"CIFAR-10 is not in {root} and could not be downloaded ({error}): put "
+            "cifar-10-python.tar.gz there, name a folder of images with --data PATH, "
+            "or use generated images with --data dead-leaves or --demo"
+        ) from error
+    finally:
+        socket.setdefaulttimeout(timeout)
+    return torch.from_numpy(dataset.data).permute(0, 3, 1, 2).contiguous()
+
+
+# --- A folder of images ---
+
+
+def load_folder(folder):
+    """All images below a folder, in the order of their paths. Decoded once, then cached."""
+    paths = list_images(folder)
+    contents = hashlib.sha256()  # changes when an image is added, removed or rewritten
+    for path in paths:
+        stat = path.stat()
+        contents.update(f"{path.relative_to(folder)} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+    contents = contents.hexdigest()
+    where = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:8]
+    cache = DATA_DIR / "cache" / f"{folder.resolve().parent.name}-{folder.name}-{where}.pth"
+
+    if cache.exists():
+        try:
+            cached = load_checkpoint(cache)
+            if cached["contents"] == contents:
+                return cached["images"]
+            print(f"{folder} has changed since it was cached: decoding it again.")
+        except (InputError, KeyError):
+            print(f"The cache {cache} is damaged: decoding {folder} again.")
+    images = decode_images(paths, f"decoding {folder}")
+    try:
+        save_checkpoint(cache, {"contents": contents, "images": images})
+        print(f"Decoded images cached in {cache}")
+    except InputError as error:
+        print(f"Not cached, so the next run decodes {folder} again: {error}")
+    return images
+
+
+def list_images(folder):
+    extensions = import_torchvision().datasets.folder.IMG_EXTENSIONS
+    if not folder.is_dir():
+        raise InputError(
+            f"there is no folder {folder}: a folder of images has train/ and test/, "
+            "with or without class folders in them"
+        )
+    try:
+        paths = sorted(
+            path
+            for path in folder.rglob("*")
+            if path.suffix.lower() in extensions and not path.name.startswith(".")
+        )
+    except OSError as error:
+        raise InputError(f"could not list {folder} ({error.strerror})") from error
+    if not paths:
+        raise InputError(f"{folder} holds no images ({', '.join(extensions)})")
+    return paths
+
+
+def decode_images(paths, description):
+    torchvision = import_torchvision()
+    transforms = torchvision.transforms.functional
+    images = torch.empty(len(paths), 3, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.uint8)
+    resized = 0
+    for i, path in enumerate(progress_bar(paths, desc=description, unit="image")):
+        try:
+            image = torchvision.datasets.folder.default_loader(path)  # PIL, RGB
+        except Exception as error:  # PIL raises OSError, SyntaxError, ValueError and its own
+            raise InputError(
+                f"could not read the image {path} ({error}): replace or remove it"
+            ) from error
+        if image.size != (IMAGE_SIZE, IMAGE_SIZE):
+            image = transforms.center_crop(transforms.resize(image, IMAGE_SIZE), IMAGE_SIZE)
+            resized += 1
+        images[i] = transforms.pil_to_tensor(image)
+    if resized:
+        print(
+            f"{resized:,} of {len(paths):,} images were not 32×32: "
+            "shorter side scaled to 32, centre cropped."
+        )
+    return images
+
+
+# --- Dead leaves ---
+
+
+def dead_leaves(count, seed, split):
+    """Images of the dead leaves model: opaque discs dropped one over another.
+
+    Lee, Mumford & Huang, "Occlusion models for natural images", IJCV 41, 2001: positions
+    uniform, radii with density r^-3, which makes the statistics scale-invariant as those of
+    photographs are. Each image mixes a hue of its own into its discs' random colours.
+
+    Args:
+        count: number of images; the first N are the same whatever the count.
+        seed: another seed, other images.
+        split: `train`, `val` or `test`, which share no image.
+
+    Returns uint8, count×3×32×32.
+    """
+    stream = list(DEAD_LEAVES_IMAGES).index(split)
+    chunks = []
+    indices = range(-(-count // DEAD_LEAVES_CHUNK))
+    for i in progress_bar(indices, desc=f"drawing dead leaves, {split}", unit="chunk"):
+        generator = torch.Generator().manual_seed((seed * 3 + stream) * 1_000_000 + i)
+        chunks.append(draw_leaves(DEAD_LEAVES_CHUNK, generator))
+    return torch.cat(chunks)[:count]
+
+
+def draw_leaves(count, generator):
+    def uniform(*shape):
+        return torch.rand(*shape, generator=generator)
+
+    small, large = RADII
+    # Inverse of the cumulative distribution of p(r) ∝ r^-3 between the two radii.
+    radius = (small**-2 - uniform(DISCS, count, 1, 1) * (small**-2 - large**-2)) ** -0.5
+    x, y = uniform(2, DISCS, count, 1, 1) * (IMAGE_SIZE + 2 * MARGIN) - MARGIN
+    colour = 0.6 * uniform(count, 3, DISCS + 1) + 0.4 * uniform(count, 3, 1)
+
+    side = IMAGE_SIZE * SUPERSAMPLING
+    grid = (torch.arange(side) + 0.5) / SUPERSAMPLING
+    topmost = torch.zeros(count, side, side, dtype=torch.uint8)  # 0 is the background
+    for disc in range(DISCS):
+        distance = (grid - x[disc]).square() + (grid[:, None] - y[disc]).square()
+        topmost.masked_fill_(distance < radius[disc].square(), disc + 1)
+    index = topmost.flatten(1)[:, None].expand(-1, 3, -1).long()
+    image = colour.gather(2, index).view(count, 3, side, side)
+    return (F.avg_pool2d(image, SUPERSAMPLING) * 255).round().to(torch.uint8)
+
+
+# --- Batches ---
+
+
+def to_float(images):
+    """uint8 → float32 in [0, 1], channels last, which convolutions run fastest on."""
+    return images.to(torch.float32, memory_format=torch.channels_last).div_(255)
+
+
+def shuffled_batches(count, batch_size, generator):
+    """Indices of one epoch's batches, as a tensor steps×batch_size.
+
+    The few images that do not fill the last batch wait for another epoch's order, so that every
+    step has the same shape.
+    """
+    order = torch.randperm(count, generator=generator)
+    steps = count // batch_size
+    return order[: steps * batch_size].view(steps, batch_size)

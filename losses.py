@@ -1,0 +1,272 @@
+"""The five terms of the distillation loss, and how they are weighed.
+
+    total = 0.3 reconstruction + 0.1 KL + 0.3 latent + 0.2 output + 0.1 perceptual
+
+Every term is divided by the 3,072 values of an image: a squared error becomes the mean squared
+error, and nats become nats per image dimension. With one divisor for all, a ratio of weights
+means what it says: KL over reconstruction, 0.1 / 0.3, is the beta of a beta-VAE on summed squared
+error. (Averaging KL over 64 latents instead makes the same weights a beta of 16, at which theory
+keeps 3 latents of 64 alive: Lucas et al. 2019, arXiv:1911.02469.)
+
+Images are in [0, 1], N×3×32×32; a VAE offers mu, logvar, and its decoder's logits.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils.parametrizations import orthogonal
+
+from runtime import InputError, import_torchvision
+from storage import load_checkpoint
+from vae import PIXEL_VALUES
+
+TERMS = ("reconstruction", "kl", "latent", "output", "perceptual")
+
+
+# --- The terms every VAE has ---
+
+
+def reconstruction_loss(reconstruction, images):
+    """Mean squared error of pixels in [0, 1]: ‖x̂ − x‖² / 3072, mean over the batch."""
+    return F.mse_loss(reconstruction, images)
+
+
+def kl_divergence(mu, logvar):
+    """KL(N(mu, sigma²) ‖ N(0, 1)) of each latent of each image, in nats, N×latent_dim, ≥ 0.
+
+    ½ (mu² + sigma² − 1 − log sigma²): Kingma & Welling 2013, arXiv:1312.6114, appendix B.
+    """
+    return 0.5 * (mu.square() + logvar.exp() - 1 - logvar)
+
+
+def kl_loss(mu, logvar):
+    """Total KL of an image in nats, summed over latents, / 3072; mean over the batch."""
+    return kl_divergence(mu, logvar).sum(1).mean() / PIXEL_VALUES
+
+
+# --- The terms that learn from the teacher ---
+
+
+class LatentProjection(nn.Module):
+    """The teacher's 512 latents → the student's 64: learnable, and unable to collapse.
+
+        t = Q W (mu_T − m)
+
+    m is the mean of the teacher's mu over the training images. W, fixed, whitens it: the leading
+    principal components, each divided by its standard deviation. Q, learned, has orthonormal
+    rows. So over the training images every t has zero mean, unit variance, and no correlation
+    with another, whatever Q learns: shrinking towards a target that teaches nothing, or copying
+    one easy direction into all 64, is out of reach. Learning is left with choosing the directions
+    and turning them. Q starts as the identity: the 64 leading components.
+
+    A plain linear map trained on ‖mu_S − P mu_T‖² has its optimum at P = 0, aided by the KL term;
+    hence the fixed teachers of FitNets (arXiv:1412.6550), and the normalisation of SRD (Miles et
+    al. 2023, "Understanding the role of the projector in knowledge distillation").
+
+    Args:
+        teacher_mu: the teacher's mu of the training images, N×512. Sets m and W.
+        latent_dim: the student's latents.
+        components: how many principal components Q chooses from.
+
+    Raises ValueError if the teacher has fewer latents than the student.
+    """
+
+    def __init__(self, teacher_mu, latent_dim=64, components=128):
+        super().__init__()
+        teacher_dim = teacher_mu.shape[1]
+        if teacher_dim < latent_dim:
+            raise ValueError(
+                f"the teacher has {teacher_dim} latents, fewer than the student's {latent_dim}"
+            )
+        components = min(components, teacher_dim)
+        mean = teacher_mu.double().mean(0)
+        centred = teacher_mu.double() - mean
+        covariance = centred.T @ centred / len(centred)
+        variance, directions = torch.linalg.eigh(covariance)  # ascending
+        variance, directions = variance.flip(0)[:components], directions.flip(1)[:, :components]
+        # A direction without variance (fewer images than latents, or a collapsed teacher) cannot
+        # be whitened; the floor leaves it near zero, where projected_std shows it.
+        scale = variance.clamp_min(1e-6 * variance[0].clamp_min(1e-12)).rsqrt()
+        self.register_buffer("mean", mean.float())                             # 512
+        self.register_buffer("whitening", (directions * scale).T.float())      # components×512
+
+        rotation = nn.Linear(components, latent_dim, bias=False)
+        with torch.no_grad():
+            nn.init.eye_(rotation.weight)
+        self.rotation = orthogonal(rotation)                                   # Q
+
+    def forward(self, teacher_mu):
+        """N×512 → N×64, zero mean and unit variance over the training images."""
+        return self.rotation(F.linear(teacher_mu - self.mean, self.whitening))
+
+
+def latent_distillation_loss(mu, projected):
+    """½ ‖mu_S − t‖² / 3072, summed over latents, mean over the batch.
+
+    The KL in nats between N(mu_S, I) and N(t, I), so in the unit of the KL term. Means are
+    matched, not samples: a sample's noise teaches nothing.
+    """
+    return 0.5 * (mu - projected).square().sum(1).mean() / PIXEL_VALUES
+
+
+def output_distillation_loss(logits, teacher_logits, temperature):
+    """T² KL(σ(l_T / T) ‖ σ(l_S / T)), mean over pixel values and the batch, in nats.
+
+    Hinton et al. 2015, arXiv:1503.02531, with each pixel value a Bernoulli variable of logit l
+    in place of a class distribution. A higher T weighs errors in dark and bright pixels, where
+    the sigmoid is flat, more nearly like those in mid-grey ones; the limit is (l_T − l_S)² / 8.
+    On the images themselves T would cancel: T² MSE(s/T, t/T) = MSE(s, t).
+    """
+    student, teacher = logits / temperature, teacher_logits / temperature
+    divergence = (
+        torch.sigmoid(teacher) * (teacher - student) + F.softplus(student) - F.softplus(teacher)
+    )
+    return temperature**2 * divergence.mean()
+
+
+# --- The perceptual term ---
+
+# VGG16's convolutions through relu3_3, as torchvision numbers its `features`.
+VGG_CONVOLUTIONS = (0, 2, 5, 7, 10, 12, 14)
+VGG_KEYS = [f"features.{i}.{kind}" for i in VGG_CONVOLUTIONS for kind in ("weight", "bias")]
+VGG_LAYERS = {"relu1_2": 3, "relu2_2": 8, "relu3_3": 15}
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class PerceptualLoss(nn.Module):
+    """Distance of VGG16 features (Johnson et al. 2016, arXiv:1603.08155).
+
+    At relu1_2, relu2_2 and relu3_3 the features of each position are scaled to unit length over
+    channels, as in LPIPS (Zhang et al. 2018, arXiv:1801.03924, without its learned weights), so
+    that no layer's magnitude decides. The squared distances, in [0, 2] for features that are not
+    negative, are summed over a layer's positions, averaged over the layers, and divided by 3072.
+    Layers thus count by their positions, 1024, 256 and 64: at 32×32 the shallow ones carry the
+    detail.
+
+    Args:
+        features: VGG16's `features` through relu3_3, from `load_vgg16`. Frozen here.
+    """
+
+    def __init__(self, features):
+        super().__init__()
+        self.features = features.eval().requires_grad_(False)
+        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor(IMAGENET_STD).view(1, 3, 1, 1))
+
+    def unit_features(self, images):
+        """Images in [0, 1] → one tensor a layer, N×C×H×W, unit length over C."""
+        x = (images - self.mean) / self.std
+        found = []
+        for i, layer in enumerate(self.features):
+            x = layer(x)
+            if i in VGG_LAYERS.values():
+                found.append(F.normalize(x.float(), dim=1, eps=1e-6))
+        return found
+
+    def forward(self, reconstruction, images):
+        with torch.no_grad():
+            targets = self.unit_features(images)
+        distances = [
+            (found - target).square().sum((1, 2, 3)).mean()
+            for found, target in zip(self.unit_features(reconstruction), targets)
+        ]
+        return sum(distances) / len(distances) / PIXEL_VALUES
+
+
+def load_vgg16(source, seed=0):
+    """VGG16 through relu3_3, and a sentence that says which weights it has.
+
+    Args:
+        source: `imagenet` (torchvision's, downloaded once, 528 MB), `random` (untrained), or the
+            path of a state dict with torchvision's keys, `features.0.weight` to
+            `features.14.bias` at least.
+        seed: of the random weights.
+
+    Raises InputError where the weights cannot be had or do not fit. Never falls back to others.
+    """
+    models = import_torchvision().models
+    with torch.device("meta"):  # no memory and no initialisation for the 134 M other parameters
+        features = models.vgg16().features[: max(VGG_LAYERS.values()) + 1]
+    for layer in features:
+        if isinstance(layer, nn.ReLU):
+            layer.inplace = False
+
+    if source == "random":
+        features.to_empty(device="cpu")
+        generator = torch.Generator().manual_seed(seed)
+        for i in VGG_CONVOLUTIONS:
+            nn.init.kaiming_normal_(features[i].weight, nonlinearity="relu", generator=generator)
+            nn.init.zeros_(features[i].bias)
+        return features, f"VGG16 with random weights, seed {seed}"
+
+    if source == "imagenet":
+        try:
+            weights = models.VGG16_Weights.IMAGENET1K_V1.get_state_dict(
+                progress=True, check_hash=True
+            )
+        except Exception as error:  # URL, socket, disk and checksum errors share no narrower base
+            raise InputError(
+                f"the ImageNet weights of VGG16 could not be downloaded ({error}): name a file "
+                "that holds them with --vgg PATH, use --vgg random or --vgg none, or --demo"
+            ) from error
+        description = "VGG16 with torchvision's ImageNet weights (IMAGENET1K_V1)"
+    else:
+        weights = load_checkpoint(source)
+        description = f"VGG16 with the weights in {source}"
+    missing = [key for key in VGG_KEYS if key not in weights]
+    if missing:
+        raise InputError(
+            f"{source} is not a VGG16 with torchvision's keys: {missing[0]} is missing"
+        )
+    try:
+        features.load_state_dict(
+            {key.removeprefix("features."): weights[key].float() for key in VGG_KEYS}, assign=True
+        )
+    except RuntimeError as error:
+        raise InputError(f"the weights in {source} are not VGG16's: {error}") from error
+    return features, description
+
+
+# --- All together ---
+
+
+class DistillationLoss(nn.Module):
+    """The weighted sum of the five terms. A term of weight zero is not computed.
+
+    Args:
+        weights: a weight for each of `TERMS`.
+        temperature: T of the output term.
+        projection: a LatentProjection; its parameters are trained with the student's.
+        perceptual: a PerceptualLoss, or None where that weight is zero.
+    """
+
+    def __init__(self, weights, temperature, projection, perceptual=None):
+        super().__init__()
+        self.weights = weights
+        self.temperature = temperature
+        self.projection = projection
+        self.perceptual = perceptual
+
+    def forward(self, images, logits, mu, logvar, teacher_logits, teacher_mu):
+        """Returns (total, terms): scalars; terms are unweighted and detached, keyed by name."""
+        reconstruction = torch.sigmoid(logits)
+        functions = {
+            "reconstruction": lambda: reconstruction_loss(reconstruction, images),
+            "kl": lambda: kl_loss(mu, logvar),
+            "latent": lambda: latent_distillation_loss(mu, self.projection(teacher_mu)),
+            "output": lambda: output_distillation_loss(logits, teacher_logits, self.temperature),
+            "perceptual": lambda: self.perceptual(reconstruction, images),
+        }
+        terms = {name: functions[name]() for name in TERMS if self.weights[name] > 0}
+        total = sum(self.weights[name] * value for name, value in terms.items())
+        return total, {name: value.detach() for name, value in terms.items()}
+
+
+def effective_beta(kl_weight, reconstruction_weight):
+    """beta of (summed squared error + beta × summed KL), the beta-VAE these two weights make.
+
+    Counts the reconstruction term alone; the output and perceptual terms also pull towards the
+    image, which makes the beta that is felt smaller.
+    """
+    return kl_weight / reconstruction_weight if reconstruction_weight else float("inf")

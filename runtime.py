@@ -1,0 +1,219 @@
+"""What every script does around its work: flags from constants, device and precision, errors.
+
+A script's hyperparameters are UPPER_CASE constants at its top, one to a line:
+
+    # --- Optimisation ---
+    BATCH_SIZE = 64  # images per step
+
+`parse_flags` turns each into a flag of the same name, `--batch-size`, with the comment as its
+help and the constant as its default, so that nothing is said twice.
+"""
+
+import argparse
+import importlib.metadata
+import math
+import platform
+import re
+import sys
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+
+class InputError(Exception):
+    """Something the user can mend. Its text is one sentence: what is wrong and what to do."""
+
+
+def run(main):
+    """Call a script's main; turn what the user can mend into one sentence and exit code 1."""
+    try:
+        main()
+    except InputError as error:
+        sys.exit(f"error: {error}")
+    except torch.OutOfMemoryError as error:
+        sys.exit(f"error: out of device memory: lower --batch-size or use --device cpu ({error})")
+    except KeyboardInterrupt:
+        print("\nInterrupted.", file=sys.stderr)
+        sys.exit(130)
+
+
+# --- Flags ---
+
+
+def one_of(*choices):
+    return (lambda value: value in choices, "must be one of " + ", ".join(choices))
+
+
+def at_least(low):
+    return (lambda value: value >= low, f"must be at least {low}")
+
+
+POSITIVE = (lambda value: 0 < value < math.inf, "must be a positive number")
+NOT_NEGATIVE = (lambda value: 0 <= value < math.inf, "must be zero or a positive number")
+NOT_EMPTY = (lambda value: bool(str(value)), "must not be empty")
+
+# What a value must satisfy, on every script that has the flag.
+CHECKS = {
+    "data": NOT_EMPTY,
+    "limit": at_least(0),
+    "vgg": NOT_EMPTY,
+    "epochs": at_least(1),
+    "teacher_epochs": at_least(1),
+    "batch_size": at_least(2),  # BatchNorm needs two images to have a variance
+    "learning_rate": POSITIVE,
+    "temperature": POSITIVE,
+    "reconstruction_weight": NOT_NEGATIVE,
+    "kl_weight": NOT_NEGATIVE,
+    "latent_weight": NOT_NEGATIVE,
+    "output_weight": NOT_NEGATIVE,
+    "perceptual_weight": NOT_NEGATIVE,
+    "teacher_kl_weight": NOT_NEGATIVE,
+    "save_every": at_least(1),
+    "seed": (lambda value: 0 <= value < 2**32, "must be between 0 and 4294967295"),
+    "device": one_of("auto", "cuda", "cpu", "mps"),
+    "precision": one_of("auto", "fp32", "bf16", "fp16"),
+}
+
+CONSTANT = re.compile(r"^([A-Z][A-Z0-9_]*) = .*?  # (.+)$")
+SECTION = re.compile(r"^# --- (.+) ---$")
+
+
+def parse_flags(script, argv=None, demo_settings=None):
+    """The settings of a run, as a namespace: the script's constants, overridden by flags.
+
+    Args:
+        script: the script's `globals()`.
+        argv: the words after the script's name; None reads the command line.
+        demo_settings: values that `--demo` puts in place of the defaults; a flag given beside
+            `--demo` still wins.
+
+    An unknown flag or a value that makes no sense ends the program with exit code 2.
+    """
+    parser = argparse.ArgumentParser(
+        description=script["__doc__"],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    group = parser
+    for line in Path(script["__file__"]).read_text(encoding="utf-8").splitlines():
+        if line.startswith("def "):  # the constants end where the code begins
+            break
+        if section := SECTION.match(line):
+            group = parser.add_argument_group(section[1])
+        elif constant := CONSTANT.match(line):
+            add_flag(group, constant[1], script[constant[1]], help=constant[2].replace("%", "%%"))
+
+    settings = parser.parse_args(argv)
+    if demo_settings and settings.demo:
+        parser.set_defaults(**demo_settings)
+        settings = parser.parse_args(argv)
+    for name, value in vars(settings).items():
+        is_valid, requirement = CHECKS.get(name, (lambda value: True, ""))
+        if not is_valid(value):
+            parser.error(f"--{name.replace('_', '-')} {requirement}, got {value!r}")
+    return settings
+
+
+def add_flag(group, name, default, help):
+    flag = "--" + name.lower().replace("_", "-")
+    help += f" (default: {default})"
+    if isinstance(default, bool):
+        group.add_argument(
+            flag, action=argparse.BooleanOptionalAction, default=default, help=help
+        )
+    else:
+        group.add_argument(flag, type=type(default), default=default, metavar="", help=help)
+
+
+# --- Device and precision ---
+
+
+def pick_device(name):
+    """`auto` takes CUDA, then MPS, then the CPU. Raises InputError if a named one is missing."""
+    present = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if name == "auto":
+        name = next(device for device in present if present[device])
+    if not present[name]:
+        raise InputError(
+            f"this machine (or this build of PyTorch) has no {name} device: use --device auto"
+        )
+    return torch.device(name)
+
+
+def pick_precision(name, device):
+    """`auto` takes what the hardware does natively: bf16, else fp16 tensor cores, else fp32."""
+    if name == "fp16" and device.type != "cuda":
+        raise InputError(
+            f"fp16 training needs a CUDA device, this is {device.type}: use --precision auto"
+        )
+    if name == "bf16" and device.type == "mps":
+        raise InputError("bf16 is for CUDA and CPU, this is mps: use --precision auto")
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return "bf16"
+        has_tensor_cores = torch.cuda.get_device_capability(device) >= (7, 0)
+        return "fp16" if has_tensor_cores else "fp32"
+    if device.type == "cpu" and cpu_has_bf16():
+        return "bf16"
+    return "fp32"
+
+
+def cpu_has_bf16():
+    """Whether this CPU multiplies bf16 matrices itself; emulated, bf16 is slower than fp32."""
+    if not hasattr(torch.cpu, "get_capabilities"):  # PyTorch before 2.11 has no public answer
+        return False
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
+
+
+def autocast(device, precision):
+    """The context in which a model runs at this precision on this device."""
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    return torch.autocast(device.type, dtype=dtype, enabled=precision != "fp32")
+
+
+def describe_device(device):
+    """The device in words, for the record of a run."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type == "mps":
+        return f"Apple {platform.processor()} GPU"
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists() and (name := re.search(r"model name\s*: (.+)", cpuinfo.read_text())):
+        model = name[1]
+    isa = torch.backends.cpu.get_cpu_capability()
+    return f"CPU, {model}, {isa}, {torch.get_num_threads()} threads"
+
+
+def progress_bar(iterable=None, **options):
+    """tqdm, which in a log file speaks every half minute instead of ten times a second."""
+    interval = 0.1 if sys.stderr.isatty() else 30
+    return tqdm(iterable, mininterval=interval, dynamic_ncols=True, **options)
+
+
+def versions():
+    """Versions of what the figures of a run depend on."""
+    packages = ("torch", "torchvision", "numpy")
+    return {"python": platform.python_version()} | {
+        package: importlib.metadata.version(package) for package in packages
+    }
+
+
+def import_torchvision():
+    """torchvision, imported where it is needed: it is slow to load and picky about torch."""
+    try:
+        import torchvision
+    except Exception as error:  # a mismatched build fails in many ways, by its own account
+        raise InputError(
+            f"torchvision does not load beside torch {torch.__version__} ({error}): reinstall "
+            "the two together with 'pip install --upgrade --force-reinstall torch torchvision'"
+        ) from error
+    return torchvision

@@ -1,0 +1,114 @@
+"""What a run leaves on disk: checkpoints, tables, records. Each is written whole or not at all."""
+
+import csv
+import io
+import json
+import os
+import pickle
+from pathlib import Path
+
+import torch
+
+from runtime import InputError
+from standard_vae import StandardVAE
+from tiny_vae_32 import TinyVAE32
+
+MODELS = {"StandardVAE": StandardVAE, "TinyVAE32": TinyVAE32}
+
+
+def write_bytes(path, content):
+    """Replace a file by `content` in one step: a reader, or a crash, sees the old or the new.
+
+    Raises InputError where the folder cannot be written or the disk is full; the old file stays.
+    """
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        try:
+            temporary.unlink(missing_ok=True)
+        except OSError:
+            pass  # the folder is what is wrong; the first error says so
+        raise InputError(
+            f"could not write {path} ({error.strerror}): free some space or choose another folder"
+        ) from error
+
+
+def write_json(path, record):
+    write_bytes(path, (json.dumps(record, indent=2) + "\n").encode())
+
+
+def write_csv(path, columns, rows):
+    """Rows are dictionaries; a column that a row lacks stays empty."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_bytes(path, text.getvalue().encode())
+
+
+def save_checkpoint(path, checkpoint):
+    """Write tensors, numbers, strings, lists and dictionaries: what `weights_only=True` reads."""
+    buffer = io.BytesIO()
+    torch.save(checkpoint, buffer)
+    write_bytes(path, buffer.getvalue())
+
+
+def load_checkpoint(path):
+    """Read a checkpoint onto the CPU. Raises InputError if it is missing, damaged or holds code."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"there is no checkpoint {path}: train one, or name another") from None
+    except OSError as error:
+        raise InputError(f"could not read {path} ({error.strerror})") from error
+    except pickle.UnpicklingError as error:
+        raise InputError(
+            f"{path} is not a checkpoint of plain data and was not loaded, since what else it "
+            "holds could run code: use one that this project wrote"
+        ) from error
+    except Exception as error:  # a damaged archive fails in many ways
+        raise InputError(
+            f"{path} is damaged or not a PyTorch checkpoint: delete it, or restore a copy"
+        ) from error
+    if not isinstance(checkpoint, dict):
+        raise InputError(f"{path} holds a {type(checkpoint).__name__}, not a checkpoint")
+    return checkpoint
+
+
+def build_model(checkpoint, path, expected):
+    """The model that a checkpoint describes, with its weights, in evaluation mode on the CPU.
+
+    Args:
+        checkpoint: what `load_checkpoint` returned.
+        path: where it came from, for the error.
+        expected: the class it should be, such as TinyVAE32.
+
+    Raises InputError if the checkpoint holds another architecture, or weights that do not fit.
+    """
+    architecture = checkpoint.get("architecture")
+    if not isinstance(architecture, dict) or "model" not in checkpoint:
+        raise InputError(f"{path} is not a model checkpoint of this project")
+    arguments = dict(architecture)
+    name = arguments.pop("name", None)
+    if MODELS.get(name) is not expected:
+        raise InputError(f"{path} holds a {name}, but a {expected.__name__} is needed here")
+    try:
+        model = expected(**arguments)
+        model.load_state_dict(checkpoint["model"])
+    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+        raise InputError(f"the weights in {path} do not fit its architecture: {error}") from error
+    return model.eval()
+
+
+def weight_bytes(model):
+    """Size of a model's state dict on disk: weights and BatchNorm statistics, nothing else."""
+    buffer = io.BytesIO()
+    torch.save(model.state_dict(), buffer)
+    return buffer.getbuffer().nbytes
