@@ -11,6 +11,8 @@ keeps 3 latents of 64 alive: Lucas et al. 2019, arXiv:1911.02469.)
 Images are in [0, 1], N×3×32×32; a VAE offers mu, logvar, and its decoder's logits.
 """
 
+import hashlib
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -97,7 +99,9 @@ class LatentProjection(nn.Module):
 
     def forward(self, teacher_mu):
         """N×512 → N×64, zero mean and unit variance over the training images."""
-        return self.rotation(F.linear(teacher_mu - self.mean, self.whitening))
+        # bf16 would lose the small components that whitening magnifies.
+        with torch.autocast(teacher_mu.device.type, enabled=False):
+            return self.rotation(F.linear(teacher_mu - self.mean, self.whitening))
 
 
 def latent_distillation_loss(mu, projected):
@@ -175,7 +179,7 @@ class PerceptualLoss(nn.Module):
 
 
 def load_vgg16(source, seed=0):
-    """VGG16 through relu3_3, and a sentence that says which weights it has.
+    """VGG16 through relu3_3, and a record of its weights: `vgg_weights`, `vgg_sha256`.
 
     Args:
         source: `imagenet` (torchvision's, downloaded once, 528 MB), `random` (untrained), or the
@@ -198,7 +202,7 @@ def load_vgg16(source, seed=0):
         for i in VGG_CONVOLUTIONS:
             nn.init.kaiming_normal_(features[i].weight, nonlinearity="relu", generator=generator)
             nn.init.zeros_(features[i].bias)
-        return features, f"VGG16 with random weights, seed {seed}"
+        return features, vgg_record(features, f"random, seed {seed}")
 
     if source == "imagenet":
         try:
@@ -210,10 +214,10 @@ def load_vgg16(source, seed=0):
                 f"the ImageNet weights of VGG16 could not be downloaded ({error}): name a file "
                 "that holds them with --vgg PATH, use --vgg random or --vgg none, or --demo"
             ) from error
-        description = "VGG16 with torchvision's ImageNet weights (IMAGENET1K_V1)"
+        description = "ImageNet, torchvision IMAGENET1K_V1"
     else:
         weights = load_checkpoint(source)
-        description = f"VGG16 with the weights in {source}"
+        description = f"from {source}"
     missing = [key for key in VGG_KEYS if key not in weights]
     if missing:
         raise InputError(
@@ -225,10 +229,31 @@ def load_vgg16(source, seed=0):
         )
     except RuntimeError as error:
         raise InputError(f"the weights in {source} are not VGG16's: {error}") from error
-    return features, description
+    return features, vgg_record(features, description)
+
+
+def vgg_record(features, description):
+    digest = hashlib.sha256()
+    for tensor in features.state_dict().values():
+        digest.update(tensor.numpy().tobytes())
+    return {"vgg_weights": description, "vgg_sha256": digest.hexdigest()[:16]}
 
 
 # --- All together ---
+
+
+class VAELoss(nn.Module):
+    """Reconstruction + kl_weight · KL: the teacher's loss. kl_weight is its effective beta."""
+
+    def __init__(self, kl_weight):
+        super().__init__()
+        self.kl_weight = kl_weight
+
+    def forward(self, images, logits, mu, logvar):
+        """Returns (total, terms), as DistillationLoss does."""
+        reconstruction, kl = reconstruction_loss(torch.sigmoid(logits), images), kl_loss(mu, logvar)
+        terms = {"reconstruction": reconstruction.detach(), "kl": kl.detach()}
+        return reconstruction + self.kl_weight * kl, terms
 
 
 class DistillationLoss(nn.Module):

@@ -199,6 +199,18 @@ def progress_bar(iterable=None, **options):
     return tqdm(iterable, mininterval=interval, dynamic_ncols=True, **options)
 
 
+def print_table(rows):
+    """Print dictionaries as a table, a row each, under the first one's keys."""
+    lines = [list(rows[0])] + [[str(value) for value in row.values()] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    for i, line in enumerate(lines):
+        first, *rest = (cell.ljust(w) if j == 0 else cell.rjust(w)
+                        for j, (cell, w) in enumerate(zip(line, widths)))
+        print("  ".join([first, *rest]).rstrip())
+        if i == 0:
+            print("  ".join("-" * width for width in widths))
+
+
 def versions():
     """Versions of what the figures of a run depend on."""
     packages = ("torch", "torchvision", "numpy")

@@ -1,5 +1,6 @@
 """What a run leaves on disk: checkpoints, tables, records. Each is written whole or not at all."""
 
+import contextlib
 import csv
 import io
 import json
@@ -25,16 +26,14 @@ def write_bytes(path, content):
     temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
+        with temporary.open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        temporary.replace(path)
     except OSError as error:
-        try:
+        with contextlib.suppress(OSError):  # the folder is what is wrong; the first error says so
             temporary.unlink(missing_ok=True)
-        except OSError:
-            pass  # the folder is what is wrong; the first error says so
         raise InputError(
             f"could not write {path} ({error.strerror}): free some space or choose another folder"
         ) from error

@@ -1,0 +1,153 @@
+"""The PNGs: reconstructions, interpolations, training curves.
+
+Pixels are drawn as they are, without smoothing, each image with its error beside it.
+"""
+
+import io
+
+import torch
+from matplotlib.figure import Figure
+
+from data import to_float
+from storage import write_bytes
+
+COLUMNS = 10  # images in the reconstruction picture
+PAIRS = 4  # pairs in the interpolation picture
+STEPS = 9  # images from one end of an interpolation to the other, ends included
+ERROR_GAIN = 4  # errors are small: drawn this many times larger
+
+
+def spread(images, count):
+    """`count` images spread evenly over a split: the same ones each time."""
+    return images[torch.linspace(0, len(images) - 1, min(count, len(images))).long()]
+
+
+@torch.no_grad()
+def draw_reconstructions(path, images, models, title):
+    """A row of originals, a row for each model, and the last model's error.
+
+    Args:
+        path: the PNG to write.
+        images: uint8 images to choose from; the same ones are taken each time.
+        models: name → VAE in evaluation mode, on the images' device.
+        title: what the picture shows, such as the split.
+    """
+    originals = to_float(spread(images, COLUMNS))
+    rows = {"original": originals}
+    rows |= {name: model.decode(model.encode(originals)[0]) for name, model in models.items()}
+    last = rows[list(models)[-1]]
+    rows[f"error ×{ERROR_GAIN}"] = ((last - originals).abs() * ERROR_GAIN).clamp(0, 1)
+
+    figure, axes = image_grid(len(rows), len(originals), title)
+    for row, (name, batch) in enumerate(rows.items()):
+        label_row(axes[row][0], name)
+        for column, image in enumerate(batch):
+            show(axes[row][column], image)
+            if name in models:
+                mse = (image - originals[column]).square().mean().item()
+                axes[row][column].set_xlabel(f"{mse:.4f}", fontsize=7, labelpad=1)
+    figure.text(0.99, 0.005, "below each image: its MSE, pixels in [0, 1]", fontsize=7, ha="right")
+    save_figure(figure, path)
+
+
+@torch.no_grad()
+def draw_interpolations(path, images, models, title):
+    """Straight lines in latent space between pairs of images, a row a model; originals at the ends.
+
+    Args are those of `draw_reconstructions`.
+    """
+    ends = to_float(spread(images, 2 * PAIRS))
+    pairs = len(ends) // 2
+    weights = torch.linspace(0, 1, STEPS, device=ends.device)[:, None]
+    figure, axes = image_grid(pairs * len(models), STEPS + 2, title)
+    row = 0
+    for pair in range(pairs):
+        first, second = ends[2 * pair], ends[2 * pair + 1]
+        for name, model in models.items():
+            mu, _ = model.encode(torch.stack([first, second]))
+            between = model.decode(torch.lerp(mu[:1], mu[1:], weights))
+            label_row(axes[row][0], name)
+            for column, image in enumerate([first, *between, second]):
+                show(axes[row][column], image)
+            if row == 0:
+                for column in (0, STEPS + 1):
+                    axes[row][column].set_title("original", fontsize=8)
+                for column in range(STEPS):
+                    axes[row][column + 1].set_title(f"{column / (STEPS - 1):.2f}", fontsize=8)
+            row += 1
+    save_figure(figure, path)
+
+
+def draw_curves(path, rows, title):
+    """Loss terms, validation error, rate and learning rate over the epochs of both stages.
+
+    Args:
+        path: the PNG to write.
+        rows: the rows of metrics.csv.
+        title: the run in a few words.
+    """
+    figure = Figure(figsize=(12, 6.5), layout="constrained")
+    figure.suptitle(title, fontsize=11)
+    axes = figure.subplots(2, 3).ravel()
+    for stage, colour in (("teacher", "tab:grey"), ("student", "tab:blue")):
+        stage_rows = [row for row in rows if row["stage"] == stage]
+        if not stage_rows:
+            continue
+        epochs = [row["epoch"] for row in stage_rows]
+        marker = "o" if len(epochs) < 30 else None  # a few epochs are dots, many are a line
+
+        def plot(ax, column, epochs=epochs, stage_rows=stage_rows, marker=marker, **style):
+            values = [row.get(column) for row in stage_rows]
+            if any(value is not None for value in values):
+                ax.plot(epochs, values, marker=marker, markersize=3, **style)
+
+        plot(axes[0], "loss", color=colour, label=stage)
+        if stage == "student":
+            for term in ("reconstruction", "kl", "latent", "output", "perceptual"):
+                plot(axes[1], term, label=term)
+        plot(axes[2], "val_mse", color=colour, label=f"{stage}, best {best(stage_rows):.4f}")
+        plot(axes[3], "kl_nats", color=colour, label=stage)
+        plot(axes[4], "active_dims", color=colour, label=stage)
+        plot(axes[5], "learning_rate", color=colour, label=stage)
+    names = (
+        "weighted loss", "student's terms, unweighted", "validation MSE, pixels in [0, 1]",
+        "KL of an image, nats", "active dimensions", "learning rate at the epoch's end",
+    )
+    for ax, name in zip(axes, names):
+        ax.set_title(name, fontsize=9)
+        ax.set_xlabel("epoch of its stage", fontsize=8)
+        ax.tick_params(labelsize=8)
+        ax.grid(alpha=0.3)
+        if ax.lines:
+            ax.legend(fontsize=8)
+    for ax in axes[:3]:
+        ax.set_yscale("log")
+    save_figure(figure, path)
+
+
+def best(rows):
+    return min(row["val_mse"] for row in rows)
+
+
+def image_grid(rows, columns, title):
+    figure = Figure(figsize=(columns * 0.95 + 0.9, rows * 1.05 + 0.5), layout="constrained")
+    figure.suptitle(title, fontsize=10)
+    axes = figure.subplots(rows, columns, squeeze=False)
+    for ax in axes.ravel():
+        ax.set(xticks=[], yticks=[])
+        ax.spines[:].set_visible(False)
+    return figure, axes
+
+
+def label_row(ax, name):
+    ax.set_ylabel(name, fontsize=9, rotation=0, ha="right", va="center")
+
+
+def show(ax, image):
+    ax.imshow(image.float().permute(1, 2, 0).cpu().numpy(), interpolation="nearest", vmin=0, vmax=1)
+
+
+def save_figure(figure, path):
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=150)
+    write_bytes(path, png.getvalue())
