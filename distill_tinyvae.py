@@ -205,7 +205,8 @@ class Stage:
                         f"{len(self.rows) + 1}: the epochs before it are saved; try a lower "
                         "--learning-rate, or --precision fp32"
                     )
-                bar.set_postfix(epoch=f"{len(self.rows) + 1}/{self.epochs}", loss=f"{loss:.5f}", refresh=False)
+                epoch = f"{len(self.rows) + 1}/{self.epochs}"
+                bar.set_postfix(epoch=epoch, loss=f"{loss:.5f}", refresh=False)
             bar.update()
         return dict(zip(found, (sums / len(steps)).tolist()))
 

@@ -137,7 +137,7 @@ def fit_pca(images, components):
 
 
 @torch.no_grad()
-def seconds_per_batch(vae, images, repeats=30):
+def seconds_per_batch(vae, images, precision="fp32", repeats=30):
     """Median time of one encode and decode of a batch of float images, warm and synchronised."""
     synchronize = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(
         images.device.type, lambda: None
@@ -147,7 +147,8 @@ def seconds_per_batch(vae, images, repeats=30):
     for i in range(repeats + 5):  # the first five warm up
         synchronize()
         start = time.perf_counter()
-        vae.decode(vae.encode(images)[0])
+        with autocast(images.device, precision):
+            vae.decode(vae.encode(images)[0])
         synchronize()
         if i >= 5:
             times.append(time.perf_counter() - start)

@@ -1,0 +1,895 @@
+"""The test suite: `pytest`. Generated images, no network, no GPU; about 2 minutes on 2 cores.
+
+The real scripts run here with tiny budgets, in this process where that shows the same, and as
+subprocesses where it matters: killed, interrupted, without a network, out of disk space.
+"""
+
+import csv
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import data
+import distill_tinyvae
+import losses
+import metrics
+import pictures
+import runtime
+import storage
+import test_trained_model
+from runtime import InputError
+from standard_vae import StandardVAE
+from tiny_vae_32 import TinyVAE32
+from vae import count_parameters
+
+HERE = Path(__file__).resolve().parent
+SCRIPTS = (distill_tinyvae, test_trained_model)
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+
+
+def random_images(count, seed=0):
+    return torch.rand(count, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
+
+
+def random_normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+# --- Models ---
+
+
+@pytest.mark.parametrize(
+    ("model", "parameters", "mib", "latent_dim"),
+    [(StandardVAE, 8_664_195, 33.08, 512), (TinyVAE32, 294_403, 1.14, 64)],
+)
+def test_models_have_their_exact_size(model, parameters, mib, latent_dim):
+    vae = model()
+    assert count_parameters(vae) == parameters
+    assert storage.weight_bytes(vae) / 2**20 == pytest.approx(mib, abs=0.02)
+    reconstruction, mu, logvar = vae(random_images(3))
+    assert reconstruction.shape == (3, 3, 32, 32)
+    assert mu.shape == logvar.shape == (3, latent_dim)
+    assert reconstruction.min() >= 0 and reconstruction.max() <= 1
+
+
+def test_evaluation_decodes_mu_and_training_a_sample():
+    vae = TinyVAE32()
+    images = random_images(4)
+    vae.train()
+    assert not torch.equal(vae(images)[0], vae(images)[0])
+    vae.eval()
+    reconstruction, mu, _ = vae(images)
+    assert torch.equal(reconstruction, vae.decode(mu))
+    assert torch.equal(reconstruction, torch.sigmoid(vae.decode_logits(mu)))
+
+
+def test_reparameterize_samples_the_posterior():
+    mu, logvar = torch.full((20_000, 1), 2.0), torch.full((20_000, 1), math.log(0.25))
+    torch.manual_seed(0)
+    z = TinyVAE32.reparameterize(mu, logvar)
+    assert z.mean() == pytest.approx(2.0, abs=0.02)
+    assert z.std() == pytest.approx(0.5, abs=0.02)
+
+
+def test_any_width_is_the_same_class():
+    vae = TinyVAE32(latent_dim=5, encoder_channels=(3, 7, 5, 9), decoder_channels=(11, 2, 6, 4))
+    reconstruction, mu, _ = vae(random_images(2))
+    assert reconstruction.shape == (2, 3, 32, 32) and mu.shape == (2, 5)
+    with pytest.raises(ValueError, match=r"four positive whole numbers, got \(1, 2, 3\)"):
+        TinyVAE32(encoder_channels=(1, 2, 3))
+
+
+@pytest.mark.parametrize("model", [StandardVAE, TinyVAE32])
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (torch.rand(2, 3, 64, 64), r"N×3×32×32, got 2×3×64×64"),
+        (torch.rand(3, 32, 32), r"N×3×32×32, got 3×32×32"),
+        (torch.rand(2, 1, 32, 32), r"got 2×1×32×32"),
+        (torch.zeros(2, 3, 32, 32, dtype=torch.uint8), r"floating point .* got torch.uint8"),
+        (torch.rand(2, 3, 32, 32) * 2 - 1.5, r"in \[0, 1\], got \[-1\.\d+, 0\.\d+\]"),
+        (torch.rand(2, 3, 32, 32) * 255, r"in \[0, 1\], got \[.*, 25\d"),
+        (torch.full((2, 3, 32, 32), float("nan")), r"in \[0, 1\], got \[nan, nan\]"),
+    ],
+)
+def test_wrong_images_are_refused(model, images, message):
+    with pytest.raises(ValueError, match=message):
+        model()(images)
+
+
+def test_wrong_latents_are_refused():
+    with pytest.raises(ValueError, match="N×64, got 2×512"):
+        TinyVAE32().decode(torch.zeros(2, 512))
+
+
+# --- Losses ---
+
+
+def test_kl_is_that_of_the_textbook_and_never_negative():
+    mu, logvar = random_normal(50, 64), random_normal(50, 64, seed=1)
+    kl = losses.kl_divergence(mu, logvar)
+    posterior = torch.distributions.Normal(mu, (0.5 * logvar).exp())
+    expected = torch.distributions.kl_divergence(posterior, torch.distributions.Normal(0, 1))
+    torch.testing.assert_close(kl, expected, atol=1e-5, rtol=1e-5)
+    assert kl.min() >= 0
+    assert losses.kl_divergence(torch.zeros(1, 64), torch.zeros(1, 64)).abs().max() == 0
+    torch.testing.assert_close(losses.kl_loss(mu, logvar), kl.sum() / 50 / 3072)
+
+
+def test_weights_make_the_beta_that_is_printed():
+    # Summed squared error + beta · summed KL, scaled, must be the two terms as they are weighed.
+    mu, logvar = random_normal(8, 64), random_normal(8, 64, seed=1)
+    images, reconstruction = random_images(8), random_images(8, seed=1)
+    beta = losses.effective_beta(0.1, 0.3)
+    summed = (reconstruction - images).square().sum() + beta * losses.kl_divergence(
+        mu, logvar
+    ).sum()
+    weighed = 0.3 * losses.reconstruction_loss(reconstruction, images) + 0.1 * losses.kl_loss(
+        mu, logvar
+    )
+    torch.testing.assert_close(weighed, 0.3 * summed / (8 * 3072))
+    assert beta == pytest.approx(1 / 3)
+
+
+def test_output_term_is_a_softened_bernoulli_divergence():
+    student, teacher = random_normal(2, 3, 32, 32), random_normal(2, 3, 32, 32, seed=1)
+    found = losses.output_distillation_loss(student, teacher, 3.0)
+    soft = [torch.distributions.Bernoulli(logits=logits / 3) for logits in (teacher, student)]
+    expected = 9 * torch.distributions.kl_divergence(*soft).mean()
+    torch.testing.assert_close(found, expected)
+    assert losses.output_distillation_loss(teacher, teacher, 3.0).abs() < 1e-6
+    flat = losses.output_distillation_loss(student.double(), teacher.double(), 1000.0)
+    torch.testing.assert_close(flat, (student - teacher).double().square().mean() / 8)
+
+
+def test_temperature_turns_the_gradient():
+    teacher = 4 * random_normal(2, 3, 32, 32, seed=1)
+
+    def gradient(temperature):
+        logits = random_normal(2, 3, 32, 32).requires_grad_()
+        losses.output_distillation_loss(logits, teacher, temperature).backward()
+        return logits.grad.flatten()
+
+    # Not the same direction at another length, which a weight could do as well.
+    assert F.cosine_similarity(gradient(1.0), gradient(3.0), dim=0) < 0.99
+
+
+def correlated_mu(count=2000, teacher_dim=96, seed=0):
+    """Codes as a teacher's are: correlated, off centre, with directions that hardly vary."""
+    mixing = random_normal(teacher_dim, teacher_dim, seed=seed)
+    scale = torch.logspace(0, -2, teacher_dim)
+    return (random_normal(count, teacher_dim, seed=seed + 1) * scale) @ mixing + 3
+
+
+def test_projection_is_white_and_starts_at_the_leading_components():
+    mu = correlated_mu()
+    projection = losses.LatentProjection(mu, latent_dim=16, components=32)
+    projected = projection(mu)
+    torch.testing.assert_close(projected.mean(0), torch.zeros(16), atol=1e-3, rtol=0)
+    covariance = projected.T @ projected / len(mu)
+    torch.testing.assert_close(covariance, torch.eye(16), atol=1e-2, rtol=0)
+    # The first coordinate is the code along the direction that varies most.
+    _, _, directions = torch.linalg.svd(mu - mu.mean(0), full_matrices=False)
+    leading = (mu - mu.mean(0)) @ directions[0]
+    correlation = torch.corrcoef(torch.stack([leading, projected[:, 0]]))[0, 1]
+    assert correlation.abs() > 0.999
+
+
+@pytest.mark.parametrize("target", ["nothing", "one direction"])
+def test_projection_cannot_collapse(target):
+    # The pull that makes a plain linear map collapse: a student that sits at zero, or one that
+    # knows a single direction and has copied it into every latent.
+    mu = correlated_mu()
+    projection = losses.LatentProjection(mu, latent_dim=16, components=32)
+    before = projection.rotation.weight.detach().clone()
+    direction = projection(mu).detach()[:, :1].expand(-1, 16)
+    student_mu = torch.zeros(len(mu), 16) if target == "nothing" else direction
+    optimizer = torch.optim.Adam(projection.parameters(), lr=0.05)
+    for _ in range(100):
+        optimizer.zero_grad()
+        losses.latent_distillation_loss(student_mu, projection(mu)).backward()
+        optimizer.step()
+    projected = projection(mu).detach()
+    assert projected.std(0).min() > 0.95
+    assert metrics.effective_rank(projected) > 15.5
+    if target == "one direction":
+        assert (projection.rotation.weight - before).abs().max() > 0.05  # it did learn
+
+
+def test_projection_survives_a_teacher_without_variance():
+    projection = losses.LatentProjection(torch.ones(10, 96), latent_dim=16)
+    assert projection(torch.ones(10, 96)).abs().max() < 1e-3
+    with pytest.raises(ValueError, match="8 latents, fewer than the student's 16"):
+        losses.LatentProjection(torch.ones(10, 8), latent_dim=16)
+
+
+def test_perceptual_term_sees_differences_and_trains_only_the_images():
+    features, record = losses.load_vgg16("random", seed=0)
+    assert record["vgg_weights"] == "random, seed 0"
+    perceptual = losses.PerceptualLoss(features)
+    images = random_images(2)
+    near = (images + 0.02 * random_normal(2, 3, 32, 32)).clamp(0, 1).requires_grad_()
+    assert perceptual(images, images) == 0
+    assert 0 < perceptual(near, images) < perceptual(random_images(2, seed=1), images)
+    perceptual(near, images).backward()
+    assert near.grad.abs().max() > 0
+    assert all(not parameter.requires_grad for parameter in perceptual.parameters())
+    for layer in perceptual.unit_features(images):
+        torch.testing.assert_close(layer.norm(dim=1), torch.ones_like(layer[:, 0]))
+
+
+def test_vgg16_comes_from_where_it_is_said_to(tmp_path):
+    features, record = losses.load_vgg16("random", seed=1)
+    assert record != losses.load_vgg16("random", seed=2)[1]
+    weights = {f"features.{name}": tensor for name, tensor in features.state_dict().items()}
+    torch.save(weights | {"classifier.0.weight": torch.zeros(1)}, tmp_path / "vgg.pth")
+    loaded, loaded_record = losses.load_vgg16(str(tmp_path / "vgg.pth"))
+    assert loaded_record["vgg_sha256"] == record["vgg_sha256"]
+    assert torch.equal(loaded(random_images(1)), features(random_images(1)))
+
+    with pytest.raises(InputError, match="there is no checkpoint"):
+        losses.load_vgg16(str(tmp_path / "nowhere.pth"))
+    weights["features.0.weight"] = torch.zeros(64, 3, 5, 5)
+    torch.save(weights, tmp_path / "vgg.pth")
+    with pytest.raises(InputError, match="are not VGG16's"):
+        losses.load_vgg16(str(tmp_path / "vgg.pth"))
+    del weights["features.0.weight"]
+    torch.save(weights, tmp_path / "vgg.pth")
+    with pytest.raises(InputError, match=r"features\.0\.weight is missing"):
+        losses.load_vgg16(str(tmp_path / "vgg.pth"))
+
+
+def test_total_is_the_weighted_sum_and_zero_weights_cost_nothing():
+    weights = dict(zip(losses.TERMS, (0.3, 0.1, 0.3, 0.2, 0.0)))
+    teacher_mu = correlated_mu()
+    projection = losses.LatentProjection(teacher_mu, 64)
+    criterion = losses.DistillationLoss(weights, 3.0, projection, perceptual=None)
+    logits, mu = random_normal(4, 3, 32, 32), random_normal(4, 64)
+    total, terms = criterion(
+        random_images(4), logits, mu, torch.zeros(4, 64), logits + 1, teacher_mu[:4]
+    )
+    assert list(terms) == ["reconstruction", "kl", "latent", "output"]
+    assert total == pytest.approx(sum(weights[name] * terms[name] for name in terms).item())
+
+
+# --- Images ---
+
+
+def test_dead_leaves_depend_on_seed_and_split_alone():
+    leaves = data.dead_leaves(40, 0, "train")
+    assert leaves.dtype == torch.uint8 and leaves.shape == (40, 3, 32, 32)
+    assert torch.equal(leaves, data.dead_leaves(40, 0, "train"))
+    assert torch.equal(leaves[:7], data.dead_leaves(7, 0, "train"))
+    for other in (data.dead_leaves(40, 1, "train"), data.dead_leaves(40, 0, "test")):
+        assert (leaves != other).any((1, 2, 3)).all()
+
+
+def write_images(folder, count, first=0, size=(32, 32)):
+    """PNGs whose red channel numbers them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(first, first + count):
+        pixels = np.random.default_rng(i).integers(0, 255, (*size, 3), dtype=np.uint8)
+        pixels[..., 0] = i
+        Image.fromarray(pixels).save(folder / f"{i:03d}.png")
+
+
+@pytest.fixture
+def data_dir(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "DATA_DIR", tmp_path / "data")
+    return tmp_path
+
+
+@pytest.mark.parametrize("classes", [True, False])
+def test_folder_is_read_with_and_without_classes(data_dir, classes):
+    folder = data_dir / "photos"
+    write_images(folder / "train" / ("cats" if classes else ""), 30)
+    write_images(folder / "train" / ("dogs" if classes else ""), 30, first=30)
+    write_images(folder / "test" / ("cats" if classes else ""), 5, first=100)
+    images = data.load_training_images(str(folder))
+    numbers = [int(image[0, 0, 0]) for image in torch.cat([images.train, images.val])]
+    assert sorted(numbers) == list(range(60))  # each once, so none is in both splits
+    assert (len(images.train), len(images.val)) == (54, 6)
+    assert numbers[:10] != sorted(numbers[:10])  # not one class after another
+    assert len(data.load_test_images(str(folder))) == 5
+
+    limited = data.load_training_images(str(folder), limit=4)
+    assert torch.equal(limited.train, images.train[:4])
+    assert torch.equal(limited.val, images.val[:4])
+    assert limited.record["train_images"] == 4
+
+
+def test_folder_is_decoded_once_until_it_changes(data_dir, monkeypatch, capsys):
+    folder = data_dir / "photos"
+    write_images(folder / "train", 10)
+    first = data.load_training_images(str(folder))
+
+    def decode_again(paths, description):
+        raise AssertionError("decoded a second time")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "decode_images", decode_again)
+        again = data.load_training_images(str(folder))
+    assert torch.equal(first.train, again.train)
+
+    write_images(folder / "train", 1, first=10)
+    assert len(data.load_split(str(folder), "train")) == 11
+    assert "has changed" in capsys.readouterr().out
+    (cache,) = (data_dir / "data" / "cache").iterdir()
+    cache.write_bytes(cache.read_bytes()[:1000])
+    assert len(data.load_split(str(folder), "train")) == 11
+    assert "is damaged" in capsys.readouterr().out
+
+
+def test_other_sizes_are_scaled_and_cropped_and_it_is_said(data_dir, capsys):
+    write_images(data_dir / "photos" / "train", 3, size=(40, 100))
+    assert data.load_split(str(data_dir / "photos"), "train").shape == (3, 3, 32, 32)
+    assert "3 of 3 images were not 32×32" in capsys.readouterr().out
+
+
+def test_unusable_folders_are_refused(data_dir):
+    with pytest.raises(InputError, match="there is no folder"):
+        data.load_training_images(str(data_dir / "nowhere"))
+    (data_dir / "photos").mkdir()
+    with pytest.raises(InputError, match=r"photos.train: a folder of images has train/"):
+        data.load_training_images(str(data_dir / "photos"))
+    (data_dir / "photos" / "train").mkdir()
+    with pytest.raises(InputError, match="holds no images"):
+        data.load_training_images(str(data_dir / "photos"))
+    write_images(data_dir / "photos" / "train", 2)
+    broken = data_dir / "photos" / "train" / "000.png"
+    broken.write_bytes(broken.read_bytes()[:200])
+    with pytest.raises(InputError, match=r"could not read the image .*000\.png"):
+        data.load_training_images(str(data_dir / "photos"))
+    (data_dir / "photos" / "cifar-10-batches-py").mkdir()
+    with pytest.raises(InputError, match="CIFAR-10 is not in"):
+        data.load_training_images(str(data_dir / "photos"))
+
+
+def test_an_epoch_shows_each_image_at_most_once():
+    steps = data.shuffled_batches(70, 32, torch.Generator().manual_seed(0))
+    assert steps.shape == (2, 32)
+    assert len(steps.unique()) == 64
+
+
+# --- Metrics ---
+
+
+def test_psnr_of_known_errors():
+    assert metrics.psnr(torch.tensor([1.0, 0.01])).tolist() == pytest.approx([0, 20])
+
+
+def test_ssim_agrees_with_the_definition_window_by_window():
+    x, y = random_images(1).double(), random_images(1, seed=1).double() * 0.5 + 0.2
+    window = np.exp(-((np.arange(11) - 5) ** 2) / (2 * 1.5**2))
+    window = np.outer(window, window) / window.sum() ** 2
+    values = []
+    for channel in range(3):
+        for i in range(22):
+            for j in range(22):
+                a, b = (t[0, channel, i : i + 11, j : j + 11].numpy() for t in (x, y))
+                ma, mb = (window * a).sum(), (window * b).sum()
+                va, vb = (window * (a - ma) ** 2).sum(), (window * (b - mb) ** 2).sum()
+                cov = (window * (a - ma) * (b - mb)).sum()
+                values.append(
+                    (2 * ma * mb + 1e-4) * (2 * cov + 9e-4)
+                    / ((ma**2 + mb**2 + 1e-4) * (va + vb + 9e-4))
+                )
+    found = metrics.ssim(x.float(), y.float())
+    assert found.item() == pytest.approx(np.mean(values), abs=1e-5)
+    assert metrics.ssim(x.float(), x.float()).item() == pytest.approx(1)
+
+
+def test_evaluation_is_the_same_in_batches_of_any_size(monkeypatch):
+    vae, images = TinyVAE32(), data.dead_leaves(50, 0, "test")
+    whole = metrics.evaluate_vae(vae, images, with_ssim=True)
+    monkeypatch.setattr(metrics, "EVALUATION_BATCH", 7)
+    parts = metrics.evaluate_vae(vae, images, with_ssim=True)
+    assert whole == pytest.approx(parts, rel=1e-4)
+    reconstruction, mu, logvar = vae(data.to_float(images))
+    expected = F.mse_loss(reconstruction, data.to_float(images)).item()
+    assert whole["mse"] == pytest.approx(expected, rel=1e-4)
+    assert whole["kl_nats"] == pytest.approx(
+        losses.kl_divergence(mu, logvar).sum().item() / 50, rel=1e-3
+    )
+
+
+def test_active_dimensions_are_those_whose_mean_moves():
+    vae = TinyVAE32()
+    with torch.no_grad():
+        vae.fc_mu.weight[10:] = 0  # these latents say the same of every image
+        vae.fc_mu.weight[:10] *= 30
+    assert metrics.evaluate_vae(vae, data.dead_leaves(50, 0, "test"))["active_dims"] == 10
+
+
+def test_effective_rank_counts_directions():
+    codes = random_normal(5000, 8)
+    assert metrics.effective_rank(codes) == pytest.approx(8, abs=0.05)
+    assert metrics.effective_rank(codes[:, :1].repeat(1, 8)) == pytest.approx(1, abs=0.05)
+
+
+def test_pca_is_exact_where_images_have_no_more_dimensions():
+    basis = random_normal(4, 3072) * 5
+    flat = (random_normal(60, 4, seed=1) @ basis + 128).clamp(0, 255)
+    images = flat.to(torch.uint8).view(60, 3, 32, 32)
+    errors = [
+        metrics.evaluate_images(metrics.fit_pca(images, k).reconstruct, images)["mse"]
+        for k in (1, 4, 59)
+    ]
+    assert errors[0] > 10 * errors[1]  # four components hold all but rounding and clipping
+    assert errors[2] < 1e-6  # one less than the images hold everything
+
+
+# --- Files ---
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "table.csv"
+    storage.write_bytes(path, b"old")
+    script = (
+        "import resource, signal, sys; from pathlib import Path; sys.path.insert(0, sys.argv[1])\n"
+        "import storage\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"  # as a full disk does
+        "storage.write_bytes(sys.argv[2], b'new' * 1000)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, HERE, path], capture_output=True, text=True
+    )
+    assert "InputError: could not write" in done.stderr
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+    with pytest.raises(InputError, match="could not write"):
+        storage.write_bytes(path / "below a file", b"new")
+
+
+def test_bad_checkpoints_are_refused_in_a_sentence(tmp_path):
+    path = tmp_path / "model.pth"
+    with pytest.raises(InputError, match="there is no checkpoint"):
+        storage.load_checkpoint(path)
+    vae = TinyVAE32()
+    storage.save_checkpoint(path, {"architecture": vae.architecture, "model": vae.state_dict()})
+    whole = path.read_bytes()
+    for damaged in (whole[: len(whole) // 2], b"", b"not a checkpoint"):
+        path.write_bytes(damaged)
+        with pytest.raises(InputError, match=r"damaged|plain data"):
+            storage.load_checkpoint(path)
+    torch.save(vae, path)  # a pickled module: code
+    with pytest.raises(InputError, match="not a checkpoint of plain data"):
+        storage.load_checkpoint(path)
+    torch.save([1, 2], path)
+    with pytest.raises(InputError, match="holds a list"):
+        storage.load_checkpoint(path)
+
+
+def test_a_checkpoint_builds_the_model_it_describes_and_no_other(tmp_path):
+    path = tmp_path / "model.pth"
+    vae = TinyVAE32(latent_dim=8, decoder_channels=(10, 9, 8, 7)).eval()
+    storage.save_checkpoint(path, {"architecture": vae.architecture, "model": vae.state_dict()})
+    checkpoint = storage.load_checkpoint(path)
+    built = storage.build_model(checkpoint, path, TinyVAE32)
+    images = random_images(2)
+    assert torch.equal(built(images)[0], vae(images)[0])
+    with pytest.raises(InputError, match="holds a TinyVAE32, but a StandardVAE is needed"):
+        storage.build_model(checkpoint, path, StandardVAE)
+    checkpoint["architecture"]["latent_dim"] = 9
+    with pytest.raises(InputError, match="do not fit"):
+        storage.build_model(checkpoint, path, TinyVAE32)
+    with pytest.raises(InputError, match="not a model checkpoint"):
+        storage.build_model({"weights": 1}, path, TinyVAE32)
+
+
+# --- Flags ---
+
+
+def refused(main, *flags):
+    with pytest.raises(SystemExit) as stop:
+        main(list(flags))
+    return stop.value.code == 2
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--epoch", "3"),  # no abbreviations, so a typo is not another flag
+        ("--epochs", "0"),
+        ("--epochs", "2.5"),
+        ("--batch-size", "1"),
+        ("--learning-rate", "nan"),
+        ("--learning-rate", "-1"),
+        ("--kl-weight", "-0.1"),
+        ("--temperature", "0"),
+        ("--device", "tpu"),
+        ("--precision", "int8"),
+        ("--limit", "-5"),
+        ("--seed", "-1"),
+        ("--data", ""),
+    ],
+)
+def test_nonsense_is_refused_before_any_work(flags, capsys):
+    assert refused(distill_tinyvae.main, *flags)
+    assert flags[0] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_constant_is_a_flag_with_its_default(script, capsys):
+    source = Path(script.__file__).read_text().split("\ndef ")[0]
+    constants = re.findall(r"^([A-Z_]+) = .*  # ", source, re.MULTILINE)
+    settings = vars(runtime.parse_flags(vars(script), []))
+    assert len(constants) > 8
+    for constant in constants:
+        assert settings[constant.lower()] == getattr(script, constant)
+    with pytest.raises(SystemExit):
+        script.main(["--help"])
+    shown = capsys.readouterr().out
+    assert all(f"--{constant.lower().replace('_', '-')}" in shown for constant in constants)
+
+
+def test_the_recipe_is_the_one_the_design_names():
+    settings = runtime.parse_flags(vars(distill_tinyvae), [])
+    assert (settings.teacher_epochs, settings.epochs, settings.batch_size) == (20, 100, 64)
+    assert (settings.learning_rate, settings.temperature) == (1e-3, 3.0)
+    weights = [getattr(settings, f"{term}_weight") for term in losses.TERMS]
+    assert weights == [0.3, 0.1, 0.3, 0.2, 0.1]
+
+
+def test_a_flag_beside_demo_wins():
+    parse = distill_tinyvae.parse_flags
+    settings = parse(
+        vars(distill_tinyvae), ["--epochs", "2", "--demo"], distill_tinyvae.DEMO_SETTINGS
+    )
+    assert (settings.epochs, settings.data) == (2, "dead-leaves")
+
+
+def test_devices_and_precisions_that_are_not_there_are_refused():
+    if not torch.cuda.is_available():
+        with pytest.raises(InputError, match="no cuda device"):
+            runtime.pick_device("cuda")
+    with pytest.raises(InputError, match="fp16 training needs a CUDA device, this is cpu"):
+        runtime.pick_precision("fp16", torch.device("cpu"))
+    expected = "bf16" if runtime.cpu_has_bf16() else "fp32"
+    assert runtime.pick_precision("auto", torch.device("cpu")) == expected
+
+
+def test_torchvision_that_does_not_load_is_explained(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    with pytest.raises(InputError, match=r"torchvision does not load beside torch .*reinstall"):
+        runtime.import_torchvision()
+
+
+def test_importing_a_script_does_nothing(tmp_path):
+    code = (
+        f"import sys; sys.path.insert(0, {str(HERE)!r})\n"
+        "import distill_tinyvae, test_trained_model, torch\n"
+        "assert 'torchvision' not in sys.modules and not torch.cuda.is_initialized()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- The whole job ---
+
+TINY = (
+    "--data", "dead-leaves", "--vgg", "random", "--limit", "64", "--batch-size", "32",
+    "--teacher-epochs", "2", "--epochs", "3", "--save-every", "2", "--device", "cpu",
+    "--precision", "fp32",
+)
+
+
+def folders(run):
+    return ("--checkpoint-dir", str(run / "checkpoints"), "--output-dir", str(run / "outputs"))
+
+
+def start(*flags, **options):
+    return subprocess.Popen(
+        [sys.executable, HERE / "distill_tinyvae.py", *flags],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        **options,
+    )
+
+
+def read_rows(run):
+    """metrics.csv without its last column, which is the time it took."""
+    with (run / "outputs" / "metrics.csv").open() as file:
+        return [row[:-1] for row in csv.reader(file)]
+
+
+def weights_of(run, name="tinyvae_last.pth"):
+    checkpoint = storage.load_checkpoint(run / "checkpoints" / name)
+    return checkpoint["model"] | checkpoint.get("projection", {})
+
+
+def assert_same_run(run, other):
+    for name in ("teacher_vae.pth", "tinyvae_best.pth", "tinyvae_last.pth"):
+        weights, others = weights_of(run, name), weights_of(other, name)
+        assert list(weights) == list(others)
+        assert all(torch.equal(weights[key], others[key]) for key in weights)
+    assert read_rows(run) == read_rows(other)
+
+
+@pytest.fixture(scope="module")
+def tiny_run(tmp_path_factory):
+    run = tmp_path_factory.mktemp("run")
+    done = start(*TINY, *folders(run))
+    output, _ = done.communicate(timeout=100)
+    assert done.returncode == 0, output
+    return run, output
+
+
+def test_a_run_writes_what_it_promises(tiny_run):
+    run, output = tiny_run
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {
+        "teacher_vae.pth", "tinyvae_best.pth", "tinyvae_last.pth", "tinyvae_epoch_002.pth",
+    }
+    assert {path.name for path in (run / "outputs").iterdir()} == {
+        "config.json", "metrics.csv", "training_curves.png", "reconstruction_test.png",
+        "interpolation_test.png",
+    }
+    with (run / "outputs" / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert tuple(rows[0]) == distill_tinyvae.COLUMNS
+    assert list(rows[0])[-1] == "seconds"
+    assert [(row["stage"], row["epoch"]) for row in rows] == [
+        ("teacher", "1"), ("teacher", "2"), ("student", "1"), ("student", "2"), ("student", "3"),
+    ]
+    assert rows[0]["latent"] == rows[0]["projected_std"] == ""
+    weighed = sum(
+        weight * float(rows[-1][term])
+        for term, weight in zip(losses.TERMS, (0.3, 0.1, 0.3, 0.2, 0.1))
+    )
+    assert float(rows[-1]["loss"]) == pytest.approx(weighed, rel=1e-4)
+    config = json.loads((run / "outputs" / "config.json").read_text())
+    assert config["train_images"] == 64 and config["precision"] == "fp32"
+    assert config["data"] == "dead-leaves" and config["vgg_weights"] == "random, seed 0"
+    assert config["temperature"] == 3.0 and "torch" in config["versions"]
+    assert str(run / "checkpoints" / "tinyvae_best.pth") in output
+    for picture in (run / "outputs").glob("*.png"):
+        with Image.open(picture) as image:
+            assert min(image.size) > 500
+            assert np.asarray(image.convert("L")).std() > 10  # something is drawn
+
+
+def test_training_moves_student_and_projection(tiny_run):
+    run, _ = tiny_run
+    early = weights_of(run, "tinyvae_epoch_002.pth")
+    late = weights_of(run)
+    assert (early["fc_mu.weight"] - late["fc_mu.weight"]).abs().max() > 0
+    rotation = next(value for key, value in late.items() if "rotation" in key)
+    assert (rotation - torch.eye(*rotation.shape)).abs().max() > 1e-4
+
+
+def test_the_teacher_stays_as_it_was_while_the_student_learns(tiny_run):
+    run, _ = tiny_run
+    path = run / "checkpoints" / "teacher_vae.pth"
+    checkpoint = storage.load_checkpoint(path)
+    teacher = storage.build_model(checkpoint, path, StandardVAE)
+    images = data.load_training_images("dead-leaves", 64)
+    found = metrics.evaluate_vae(teacher, images.val)
+    assert found["mse"] == pytest.approx(checkpoint["rows"][-1]["val_mse"], rel=1e-4)
+
+
+def test_a_second_run_replaces_nothing_unless_told_to(tiny_run, capsys):
+    run, _ = tiny_run
+    before = weights_of(run)
+    with pytest.raises(InputError, match=r"--resume .* --overwrite .* another"):
+        distill_tinyvae.main([*TINY, *folders(run)])
+    with pytest.raises(InputError, match="give one of them"):
+        distill_tinyvae.main([*TINY, *folders(run), "--resume", "--overwrite"])
+    with pytest.raises(InputError, match=r"other settings \(epochs was 3, is 4\)"):
+        distill_tinyvae.main([*TINY, *folders(run), "--resume", "--epochs", "4"])
+    with pytest.raises(InputError, match=r"learning_rate was 0\.001, is 0\.01"):
+        distill_tinyvae.main([*TINY, *folders(run), "--resume", "--learning-rate", "0.01"])
+    assert all(torch.equal(before[key], value) for key, value in weights_of(run).items())
+
+
+def test_overwrite_keeps_a_teacher_of_the_same_settings(tiny_run, tmp_path, capsys):
+    run, _ = tiny_run
+    copy = tmp_path / "copy"
+    subprocess.run(["cp", "-r", run, copy], check=True)
+    distill_tinyvae.main([*TINY, *folders(copy), "--overwrite"])
+    assert "Stage 1 skipped" in capsys.readouterr().out
+    assert_same_run(run, copy)
+    distill_tinyvae.main([*TINY, *folders(copy), "--overwrite", "--teacher-epochs", "1"])
+    assert "Stage 1 skipped" not in capsys.readouterr().out
+    assert len(read_rows(copy)) == 1 + 1 + 3
+
+
+def test_killed_in_either_stage_a_run_resumes_bit_for_bit(tiny_run, tmp_path):
+    run, _ = tiny_run
+    # Killed once a row of metrics.csv says that this epoch is over: in the teacher's second, in
+    # the student's second. The output shows from which epoch each continuation starts.
+    for rows in (1, 3):
+        process = start(*TINY, *folders(tmp_path), "--resume")
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            table = tmp_path / "outputs" / "metrics.csv"
+            if table.exists() and len(read_rows(tmp_path)) > rows:
+                break
+            time.sleep(0.01)
+        process.kill()
+        output = process.communicate()[0]
+        assert process.returncode == -signal.SIGKILL, output
+        expected = {1: "Nothing to resume", 3: "The teacher goes on after epoch 1"}[rows]
+        assert expected in output
+    process = start(*TINY, *folders(tmp_path), "--resume")
+    output, _ = process.communicate(timeout=100)
+    assert process.returncode == 0, output
+    assert "Stage 1 skipped" in output and "The student goes on after epoch 1" in output
+    assert_same_run(run, tmp_path)
+
+
+def test_ctrl_c_ends_in_a_sentence(tmp_path):
+    process = start(*TINY, *folders(tmp_path))
+    while not (tmp_path / "outputs" / "metrics.csv").exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "--resume goes on" in output and "Traceback" not in output
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_state(
+    tiny_run, tmp_path, monkeypatch
+):
+    run, _ = tiny_run
+    copy = tmp_path / "copy"
+    subprocess.run(["cp", "-r", run, copy], check=True)
+    (copy / "checkpoints" / "tinyvae_last.pth").unlink()
+    step = distill_tinyvae.Stage.train_step
+
+    def poisoned(self, index):
+        found = step(self, index)
+        return found | {"loss": found["loss"] * float("nan")} if len(self.rows) == 1 else found
+
+    monkeypatch.setattr(distill_tinyvae.Stage, "train_step", poisoned)
+    with pytest.raises(InputError, match=r"loss of the student became nan in epoch 2: .*lower"):
+        distill_tinyvae.main([*TINY, *folders(copy), "--resume"])
+    assert storage.load_checkpoint(copy / "checkpoints" / "tinyvae_last.pth")["epoch"] == 1
+
+
+def test_what_cannot_work_is_refused_before_training(tmp_path, monkeypatch):
+    def train_nothing(self):
+        raise AssertionError("training began")
+
+    monkeypatch.setattr(distill_tinyvae.Stage, "run", train_nothing)
+    with pytest.raises(InputError, match="do not fill one batch of 65"):
+        distill_tinyvae.main([*TINY, *folders(tmp_path), "--batch-size", "65"])
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="could not write"):
+        distill_tinyvae.main([*TINY, *folders(tmp_path), "--output-dir", str(tmp_path / "file")])
+    with pytest.raises(InputError, match="could not write"):
+        distill_tinyvae.main(
+            [*TINY, *folders(tmp_path), "--checkpoint-dir", str(tmp_path / "file")]
+        )
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (("--data", "cifar10", "--vgg", "none"), ("CIFAR-10", "--data", "--demo")),
+        (("--data", "dead-leaves"), ("ImageNet", "--vgg PATH", "--vgg none", "--demo")),
+    ],
+)
+def test_without_network_the_real_recipe_stops_at_once(tmp_path, flags, named):
+    nowhere = "http://127.0.0.1:9"  # the discard port: connections are refused
+    environment = os.environ | {
+        "https_proxy": nowhere, "http_proxy": nowhere, "TORCH_HOME": str(tmp_path)
+    }
+    code = (
+        "import sys; from pathlib import Path\n"
+        f"sys.path.insert(0, {str(HERE)!r})\n"
+        f"import data; data.DATA_DIR = Path({str(tmp_path)!r})\n"
+        "import distill_tinyvae, runtime; runtime.run(distill_tinyvae.main)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *flags, *folders(tmp_path)],
+        env=environment, capture_output=True, text=True, timeout=60,
+    )
+    assert done.returncode == 1
+    assert "could not be downloaded" in done.stderr and "Traceback" not in done.stderr
+    assert all(word in done.stderr for word in named)
+
+
+def test_a_term_can_be_left_out(tmp_path):
+    distill_tinyvae.main(
+        [*TINY, *folders(tmp_path), "--vgg", "none", "--latent-weight", "0", "--epochs", "1"]
+    )
+    config = json.loads((tmp_path / "outputs" / "config.json").read_text())
+    assert config["perceptual_weight"] == 0 and config["vgg"] == "none"
+    header, *_, last = read_rows(tmp_path)
+    row = dict(zip(header, last))
+    assert row["perceptual"] == row["latent"] == "" != row["output"]
+
+
+# --- The evaluation script ---
+
+
+def test_evaluation_script(tiny_run, tmp_path, capsys):
+    run, _ = tiny_run
+    flags = ["--checkpoint-dir", str(run / "checkpoints"), "--output-dir", str(tmp_path)]
+    test_trained_model.main([*flags, "--device", "cpu", "--batch-size", "8"])
+    printed = capsys.readouterr().out
+    record = json.loads((tmp_path / "evaluation.json").read_text())
+    assert list(record["results"]) == ["teacher", "student", "PCA, 64 components"]
+    student = record["results"]["student"]
+    assert student["parameters"] == 294_403
+    # The figures are those of the test split, computed here another way.
+    checkpoint = storage.load_checkpoint(run / "checkpoints" / "tinyvae_best.pth")
+    vae = storage.build_model(checkpoint, "", TinyVAE32)
+    images = data.to_float(data.dead_leaves(64, data.SPLIT_SEED, "test"))
+    assert student["mse"] == pytest.approx(F.mse_loss(vae(images)[0], images).item(), rel=1e-3)
+    ratio = record["results"]["teacher"]["weight_bytes"] / student["weight_bytes"]
+    assert 28.5 < ratio < 29.5 and f"{ratio:.1f}×" in printed
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "evaluation.json", "reconstruction_test.png", "interpolation_test.png",
+    }
+
+
+def test_evaluation_takes_the_architecture_from_the_checkpoint(tmp_path, capsys):
+    vae = TinyVAE32(latent_dim=12, encoder_channels=(4, 8, 8, 8), decoder_channels=(8, 8, 8, 4))
+    path = tmp_path / "pruned.pth"
+    storage.save_checkpoint(path, {"architecture": vae.architecture, "model": vae.state_dict()})
+    flags = ["--student", str(path), "--data", "dead-leaves", "--limit", "64", "--device", "cpu"]
+    test_trained_model.main([*flags, *folders(tmp_path), "--pca-components", "12"])
+    assert "teacher  left out" in capsys.readouterr().out
+    record = json.loads((tmp_path / "outputs" / "evaluation.json").read_text())
+    assert record["results"]["student"]["parameters"] == count_parameters(vae)
+    with pytest.raises(InputError, match="there is no checkpoint"):
+        test_trained_model.main(["--student", "nowhere.pth", *folders(tmp_path)])
+
+
+def test_pictures_show_the_same_images_each_time():
+    images = data.dead_leaves(100, 0, "test")
+    assert torch.equal(pictures.spread(images, 10), pictures.spread(images, 10))
+    assert len(pictures.spread(images[:3], 10)) == 3
+
+
+# --- The README ---
+
+
+def test_readme_names_flags_and_files_that_exist():
+    readme = (HERE / "README.md").read_text()
+    commands = re.findall(r"python (\w+\.py)([^\n#`]*)", readme)
+    assert commands
+    for script, words in commands:
+        module = {path.__name__ + ".py": path for path in SCRIPTS}[script]
+        known = vars(runtime.parse_flags(vars(module), []))
+        for flag in re.findall(r"--([a-z-]+)", words):
+            assert flag.replace("-", "_") in known, f"{script} has no --{flag}"
+    for path in re.findall(r"\]\((?!http)([^)#]+)\)", readme) + re.findall(r"`(\w+\.py)`", readme):
+        assert (HERE / path).exists(), f"README names {path}"
+
+
+# --- CUDA ---
+
+
+@needs_cuda
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_run_on_cuda(tmp_path, precision):
+    if precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        pytest.skip("this CUDA device has no bf16")
+    flags = [*TINY, *folders(tmp_path), "--device", "cuda", "--precision", precision]
+    distill_tinyvae.main(flags)
+    rows = read_rows(tmp_path)
+    assert len(rows) == 6
+    state = storage.load_checkpoint(tmp_path / "checkpoints" / "tinyvae_last.pth")
+    assert bool(state["scaler"]) == (precision == "fp16")
+    distill_tinyvae.main([*flags, "--resume"])
+    assert read_rows(tmp_path) == rows

@@ -1,0 +1,176 @@
+"""Evaluate a distilled student beside its teacher and PCA, on the test split.
+
+    python test_trained_model.py             # the student in checkpoints/, on the data it knows
+    python test_trained_model.py --demo      # the one that distill_tinyvae.py --demo made
+    python test_trained_model.py --student checkpoints/tinyvae_epoch_050.pth --data PATH
+
+Prints one table, writes evaluation.json, and redraws reconstruction_test.png and
+interpolation_test.png from test images. Takes about a minute on 2 CPU cores for CIFAR-10's 10,000
+test images. All errors are of pixels in [0, 1], decoded from mu.
+
+This is a script, not a pytest file; the test suite is test_distillation.py.
+"""
+
+from pathlib import Path
+
+import torch
+
+from data import load_test_images, load_training_images, to_float
+from metrics import evaluate_images, evaluate_vae, fit_pca, seconds_per_batch
+from pictures import draw_interpolations, draw_reconstructions
+from runtime import (
+    describe_device,
+    parse_flags,
+    pick_device,
+    pick_precision,
+    print_table,
+    run,
+    versions,
+)
+from standard_vae import StandardVAE
+from storage import build_model, load_checkpoint, weight_bytes, write_json
+from tiny_vae_32 import TinyVAE32
+from vae import PIXEL_VALUES, count_parameters
+
+HERE = Path(__file__).resolve().parent
+
+# --- What to evaluate ---
+STUDENT = "tinyvae_best.pth"  # a file in the checkpoint folder, or a path
+TEACHER = "teacher_vae.pth"  # likewise; left out, and said so, where it is missing
+DATA = "checkpoint"  # what the student was trained on, or cifar10, dead-leaves, or a folder
+LIMIT = 0  # fit PCA to the first N training images; 0 takes those the student was trained on
+
+# --- Measuring ---
+PCA_COMPONENTS = 64  # numbers in a code, as many as the student's latents
+BATCH_SIZE = 256  # images at once when images per second are measured
+DEVICE = "auto"  # auto (cuda, then mps, then cpu), cuda, cpu or mps
+PRECISION = "fp32"  # fp32 for figures that compare across machines; or auto, bf16, fp16
+
+# --- Files ---
+CHECKPOINT_DIR = HERE / "checkpoints"  # folder of the .pth files
+OUTPUT_DIR = HERE / "outputs"  # folder of evaluation.json and the pictures
+DEMO = False  # evaluate the demo's student, in the demo's folders
+
+DEMO_SETTINGS = {
+    "checkpoint_dir": CHECKPOINT_DIR / "demo",
+    "output_dir": OUTPUT_DIR / "demo",
+}
+
+
+def load_model(name, folder, expected):
+    """The model and the record of its run, from a file in the folder or from a path."""
+    path = folder / name if (folder / name).exists() or not Path(name).exists() else Path(name)
+    checkpoint = load_checkpoint(path)
+    model = build_model(checkpoint, path, expected)
+    return model, checkpoint.get("record", {}), path
+
+
+def measure_vae(vae, images, precision, batch_size):
+    """Every column of the table for a VAE, as numbers."""
+    single, batch = to_float(images[:1]), to_float(images[:batch_size])
+    found = {"parameters": count_parameters(vae), "weight_bytes": weight_bytes(vae)}
+    found |= evaluate_vae(vae, images, precision, with_ssim=True)
+    found["ms_per_image"] = 1000 * seconds_per_batch(vae, single, precision)
+    found["images_per_second"] = len(batch) / seconds_per_batch(vae, batch, precision)
+    return found
+
+
+def measure_pca(pca, images):
+    """The same for PCA; it has no rate and is not timed."""
+    numbers = pca.mean.numel() + pca.components.numel()
+    found = {"parameters": numbers, "weight_bytes": numbers * 4}
+    return found | evaluate_images(pca.reconstruct, images, with_ssim=True)
+
+
+def table_row(name, found, teacher_bytes):
+    def column(key, text):
+        return text.format(found[key]) if key in found else "–"
+
+    smaller = f"{teacher_bytes / found['weight_bytes']:.1f}×" if teacher_bytes else "–"
+    return {
+        "test split": name,
+        "parameters": column("parameters", "{:,}"),
+        "weights, bytes": column("weight_bytes", "{:,}"),
+        "smaller": smaller,
+        "MSE": column("mse", "{:.5f}"),
+        "mean PSNR, dB": column("psnr", "{:.2f}"),
+        "SSIM": column("ssim", "{:.4f}"),
+        "KL, nats": column("kl_nats", "{:.1f}"),
+        "active": column("active_dims", "{}"),
+        "ms/image": column("ms_per_image", "{:.2f}"),
+        "images/s": column("images_per_second", "{:,.0f}"),
+    }
+
+
+def evaluate(settings):
+    device = pick_device(settings.device)
+    precision = pick_precision(settings.precision, device)
+    folder = settings.checkpoint_dir
+    student, record, student_path = load_model(settings.student, folder, TinyVAE32)
+    models = {}
+    if (folder / settings.teacher).exists() or Path(settings.teacher).exists():
+        models["teacher"], _, teacher_path = load_model(settings.teacher, folder, StandardVAE)
+        print(f"teacher  {teacher_path}")
+    else:
+        print(f"teacher  left out: there is no {folder / settings.teacher}")
+    models["student"] = student
+    print(f"student  {student_path}")
+
+    data, limit = settings.data, settings.limit
+    if data == "checkpoint":
+        data, limit = record.get("data", "cifar10"), limit or record.get("limit", 0)
+    train = load_training_images(data, limit).train
+    test = load_test_images(data, limit).to(device)
+    print(f"images   {data}: {len(test):,} of the test split, {len(train):,} to fit PCA to")
+    print(f"device   {describe_device(device)}, {precision}\n")
+
+    found = {}
+    for name, model in models.items():
+        model.to(device, memory_format=torch.channels_last)
+        found[name] = measure_vae(model, test, precision, settings.batch_size)
+    pca = fit_pca(train.to(device), settings.pca_components)
+    found[f"PCA, {settings.pca_components} components"] = measure_pca(pca, test)
+
+    teacher_bytes = found.get("teacher", {}).get("weight_bytes")
+    print_table([table_row(name, numbers, teacher_bytes) for name, numbers in found.items()])
+    print(
+        "\nsmaller: the teacher's weights over these weights, both fp32 and nothing else. PSNR: "
+        "mean over images.\nSSIM: 11×11 Gaussian window, sigma 1.5, windows wholly inside the "
+        "image. active: latents whose mu has a\nvariance above 0.01. ms/image: encode and decode "
+        f"one image; images/s: {settings.batch_size} at once; medians of 30.\nPCA: fitted to the "
+        f"training images, codes of {settings.pca_components} numbers for "
+        f"{PIXEL_VALUES:,} pixel values."
+    )
+
+    title = f"{data}, test split"
+    written = [settings.output_dir / name for name in (
+        "evaluation.json", "reconstruction_test.png", "interpolation_test.png"
+    )]
+    write_json(
+        written[0],
+        {
+            "student": str(student_path),
+            "data": data,
+            "test_images": len(test),
+            "pca_images": len(train),
+            "device": device.type,
+            "device_name": describe_device(device),
+            "precision": precision,
+            "batch_size": settings.batch_size,
+            "versions": versions(),
+            "results": found,
+        },
+    )
+    draw_reconstructions(written[1], test, models, title)
+    draw_interpolations(written[2], test, models, title)
+    print("\nWritten:")
+    for path in written:
+        print(f"  {path}")
+
+
+def main(argv=None):
+    evaluate(parse_flags(globals(), argv, DEMO_SETTINGS))
+
+
+if __name__ == "__main__":
+    run(main)
