@@ -30,8 +30,8 @@ DOWNLOAD_TIMEOUT = 20  # seconds without a byte before a download counts as fail
 # Dead leaves: as many images as CIFAR-10 has.
 DEAD_LEAVES_IMAGES = {"train": 45_000, "val": 5_000, "test": 10_000}
 DEAD_LEAVES_CHUNK = 500  # images drawn at once; each chunk has its own seed
-DISCS = 64  # per image, over a background, of which little remains to be seen
-RADII = (4.0, 32.0)  # pixels, smallest and largest; density falls as radius ** -3
+DISCS = 32  # per image, over a background, of which little remains to be seen
+RADII = (8.0, 32.0)  # pixels, smallest and largest; density falls as radius ** -3
 MARGIN = 8.0  # pixels around the image in which discs may be centred
 SUPERSAMPLING = 2  # samples per pixel side, for smooth edges
 

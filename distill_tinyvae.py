@@ -90,10 +90,11 @@ DEMO = False  # a small run without network, in folders of its own, which it rep
 DEMO_SETTINGS = {
     "data": "dead-leaves",
     "vgg": "random",
-    "limit": 1500,
-    "teacher_epochs": 8,
-    "epochs": 8,
-    "batch_size": 32,
+    "limit": 1000,
+    "teacher_epochs": 4,
+    "epochs": 5,
+    "batch_size": 16,
+    "learning_rate": 2e-3,
     "checkpoint_dir": CHECKPOINT_DIR / "demo",
     "output_dir": OUTPUT_DIR / "demo",
 }
@@ -499,14 +500,14 @@ def remove_earlier_run(settings, job):
     """Remove what --overwrite and --demo replace. A teacher of the same settings stays."""
     for path in find_files(settings, RUN_FILES + DRAWN):
         path.unlink()
-    teacher = settings.checkpoint_dir / "teacher_vae.pth"
-    if teacher.exists() and not settings.demo:
+    for path in find_files(settings, ("teacher_vae.pth",)):
         try:
-            job.check_recipe(load_checkpoint(teacher), teacher, TEACHER_RECIPE)
-            return
+            job.check_recipe(load_checkpoint(path), path, TEACHER_RECIPE)
         except InputError:
-            pass
-    teacher.unlink(missing_ok=True)
+            path.unlink()
+        else:
+            if settings.demo:  # which is to show the whole job
+                path.unlink()
 
 
 def print_summary(job):
@@ -565,7 +566,7 @@ def distil(settings):
         )
 
     job = Job(settings, device, precision, images, vgg_record)
-    if not settings.resume:
+    if settings.overwrite:
         remove_earlier_run(settings, job)
     print_summary(job)
     write_json(job.output("config.json"), job.record)

@@ -2,11 +2,11 @@
 
     total = 0.3 reconstruction + 0.1 KL + 0.3 latent + 0.2 output + 0.1 perceptual
 
-Every term is divided by the 3,072 values of an image: a squared error becomes the mean squared
-error, and nats become nats per image dimension. With one divisor for all, a ratio of weights
-means what it says: KL over reconstruction, 0.1 / 0.3, is the beta of a beta-VAE on summed squared
-error. (Averaging KL over 64 latents instead makes the same weights a beta of 16, at which theory
-keeps 3 latents of 64 alive: Lucas et al. 2019, arXiv:1911.02469.)
+Squared errors are means over what they compare, pixel or feature values; nats are divided by the
+3,072 values of an image. With pixels and nats over the same divisor a ratio of weights means what
+it says: KL over reconstruction, 0.1 / 0.3, is the beta of a beta-VAE on summed squared error.
+(Averaging KL over 64 latents instead makes the same weights a beta of 16, at which theory keeps 3
+latents of 64 alive: Lucas et al. 2019, arXiv:1911.02469.)
 
 Images are in [0, 1], N×3×32×32; a VAE offers mu, logvar, and its decoder's logits.
 """
@@ -81,8 +81,9 @@ class LatentProjection(nn.Module):
                 f"the teacher has {teacher_dim} latents, fewer than the student's {latent_dim}"
             )
         components = min(components, teacher_dim)
-        mean = teacher_mu.double().mean(0)
-        centred = teacher_mu.double() - mean
+        codes = teacher_mu.detach().cpu().double()
+        mean = codes.mean(0)
+        centred = codes - mean
         covariance = centred.T @ centred / len(centred)
         variance, directions = torch.linalg.eigh(covariance)  # ascending
         variance, directions = variance.flip(0)[:components], directions.flip(1)[:, :components]
@@ -139,14 +140,14 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class PerceptualLoss(nn.Module):
-    """Distance of VGG16 features (Johnson et al. 2016, arXiv:1603.08155).
+    """Distance of VGG16 features: ‖φ̂(x̂) − φ̂(x)‖² / CHW, mean over layers and the batch.
 
-    At relu1_2, relu2_2 and relu3_3 the features of each position are scaled to unit length over
-    channels, as in LPIPS (Zhang et al. 2018, arXiv:1801.03924, without its learned weights), so
-    that no layer's magnitude decides. The squared distances, in [0, 2] for features that are not
-    negative, are summed over a layer's positions, averaged over the layers, and divided by 3072.
-    Layers thus count by their positions, 1024, 256 and 64: at 32×32 the shallow ones carry the
-    detail.
+    Johnson et al. 2016, arXiv:1603.08155, equation 2, at relu1_2, relu2_2 and relu3_3. The
+    features φ̂ of each position have unit length over channels, as in LPIPS (Zhang et al. 2018,
+    arXiv:1801.03924, without its learned weights), so that no layer's magnitude decides. A mean
+    over channels as well as positions makes the shallow layers count most, which at 32×32 carry
+    the detail, and keeps the term from swamping the others: summed over channels, VGG would make
+    more than half of the loss.
 
     Args:
         features: VGG16's `features` through relu3_3, from `load_vgg16`. Frozen here.
@@ -171,11 +172,8 @@ class PerceptualLoss(nn.Module):
     def forward(self, reconstruction, images):
         with torch.no_grad():
             targets = self.unit_features(images)
-        distances = [
-            (found - target).square().sum((1, 2, 3)).mean()
-            for found, target in zip(self.unit_features(reconstruction), targets)
-        ]
-        return sum(distances) / len(distances) / PIXEL_VALUES
+        found = self.unit_features(reconstruction)
+        return sum(F.mse_loss(a, b) for a, b in zip(found, targets)) / len(targets)
 
 
 def load_vgg16(source, seed=0):
@@ -192,10 +190,6 @@ def load_vgg16(source, seed=0):
     models = import_torchvision().models
     with torch.device("meta"):  # no memory and no initialisation for the 134 M other parameters
         features = models.vgg16().features[: max(VGG_LAYERS.values()) + 1]
-    for layer in features:
-        if isinstance(layer, nn.ReLU):
-            layer.inplace = False
-
     if source == "random":
         features.to_empty(device="cpu")
         generator = torch.Generator().manual_seed(seed)
