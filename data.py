@@ -12,20 +12,19 @@ is read by `load_test_images` alone.
 """
 
 import hashlib
-import socket
+import os
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from runtime import InputError, import_torchvision, progress_bar
+from runtime import InputError, download_timeout, import_torchvision, progress_bar
 from storage import load_checkpoint, save_checkpoint
 
 DATA_DIR = Path(__file__).resolve().parent / "data"  # downloads and decoded folders
 IMAGE_SIZE = 32  # pixels a side
 SPLIT_SEED = 0  # which images are held out, and which dead leaves fall: the same in every run
-DOWNLOAD_TIMEOUT = 20  # seconds without a byte before a download counts as failed
 
 # Dead leaves: as many images as CIFAR-10 has.
 DEAD_LEAVES_IMAGES = {"train": 45_000, "val": 5_000, "test": 10_000}
@@ -59,11 +58,11 @@ def load_training_images(source, limit=0):
         val = dead_leaves(val_count, SPLIT_SEED, "val")
     else:
         images = load_split(source, "train")
-        if len(images) < 2:
-            raise InputError(f"{source} has {len(images)} training image: at least 2 are needed")
+        if len(images) < 4:
+            raise InputError(f"{source} has {len(images)} training images: at least 4 are needed")
         # Folders come sorted by class, so the order is shuffled before anything is cut from it.
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(SPLIT_SEED))
-        held_out = max(1, len(images) // 10)
+        held_out = max(2, len(images) // 10)
         val, train = images[order[:held_out]], images[order[held_out:]]
         if limit:
             train, val = train[:limit], val[:limit]
@@ -86,7 +85,10 @@ def load_test_images(source, limit=0):
     if source == "dead-leaves":
         count = DEAD_LEAVES_IMAGES["test"]
         return dead_leaves(min(limit, count) if limit else count, SPLIT_SEED, "test")
-    return load_split(source, "test")
+    images = load_split(source, "test")
+    if len(images) < 2:
+        raise InputError(f"{source} has {len(images)} test image: at least 2 are needed")
+    return images
 
 
 def load_split(source, split):
@@ -108,18 +110,20 @@ def load_split(source, split):
 
 def load_cifar10(root, split, download):
     datasets = import_torchvision().datasets
-    timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
     try:
-        dataset = datasets.CIFAR10(root, train=split == "train", download=download)
+        with download_timeout():
+            dataset = datasets.CIFAR10(root, train=split == "train", download=download)
     except Exception as error:  # URL, socket, disk and checksum errors share no narrower base
+        if not download:
+            raise InputError(
+                f"the CIFAR-10 in {root} is incomplete or damaged ({error}): unpack "
+                "cifar-10-python.tar.gz there again"
+            ) from error
         raise InputError(
             f"CIFAR-10 is not in {root} and could not be downloaded ({error}): put "
             "cifar-10-python.tar.gz there, name a folder of images with --data PATH, "
             "or use generated images with --data dead-leaves or --demo"
         ) from error
-    finally:
-        socket.setdefaulttimeout(timeout)
     return torch.from_numpy(dataset.data).permute(0, 3, 1, 2).contiguous()
 
 
@@ -161,17 +165,21 @@ def list_images(folder):
             f"there is no folder {folder}: a folder of images has train/ and test/, "
             "with or without class folders in them"
         )
-    try:
-        paths = sorted(
-            path
-            for path in folder.rglob("*")
-            if path.suffix.lower() in extensions and not path.name.startswith(".")
-        )
-    except OSError as error:
-        raise InputError(f"could not list {folder} ({error.strerror})") from error
+    paths = []
+    for parent, _, names in os.walk(folder, followlinks=True, onerror=refuse_listing):
+        for name in names:
+            path = Path(parent, name)
+            if path.suffix.lower() in extensions and not name.startswith("."):
+                if not path.exists():
+                    raise InputError(f"{path} is a link to nothing: restore or remove it")
+                paths.append(path)
     if not paths:
         raise InputError(f"{folder} holds no images ({', '.join(extensions)})")
-    return paths
+    return sorted(paths)
+
+
+def refuse_listing(error):
+    raise InputError(f"could not list {error.filename} ({error.strerror}): check its permissions")
 
 
 def decode_images(paths, description):

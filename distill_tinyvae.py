@@ -14,14 +14,13 @@ losses.py has their formulas. VGG16 makes nine tenths of a step's arithmetic; `-
 without it. Afterwards, `python test_trained_model.py` gives the figures on the test split.
 """
 
-import math
 import sys
 import time
 from pathlib import Path
 
 import torch
 
-from data import load_training_images, shuffled_batches, to_float
+from data import load_training_images
 from losses import (
     TERMS,
     DistillationLoss,
@@ -31,24 +30,23 @@ from losses import (
     effective_beta,
     load_vgg16,
 )
-from metrics import EVALUATION_BATCH, effective_rank, evaluate_vae
+from metrics import evaluate_vae
+from models import count_parameters, load_model
 from pictures import draw_curves, draw_interpolations, draw_reconstructions
 from runtime import (
     InputError,
-    autocast,
     describe_device,
     parse_flags,
     pick_device,
     pick_precision,
     print_table,
-    progress_bar,
     run,
     versions,
 )
 from standard_vae import StandardVAE
-from storage import build_model, load_checkpoint, save_checkpoint, write_csv, write_json
+from storage import check_writable, load_checkpoint, save_checkpoint, write_csv, write_json
 from tiny_vae_32 import TinyVAE32
-from vae import count_parameters
+from training import Stage, teacher_outputs
 
 HERE = Path(__file__).resolve().parent
 
@@ -73,11 +71,13 @@ VGG = "imagenet"  # imagenet (downloaded), random (untrained), none, or a state 
 # --- Optimisation, both stages ---
 BATCH_SIZE = 64  # images per step
 LEARNING_RATE = 1e-3  # Adam's, at the peak: a linear warm-up, then a cosine to zero
+WARMUP = 0.05  # share of a stage's steps in which the learning rate rises
 SEED = 0  # of weights, image order and latent samples
 
 # --- Machine ---
 DEVICE = "auto"  # auto (cuda, then mps, then cpu), cuda, cpu or mps
 PRECISION = "auto"  # auto, fp32, bf16 or fp16; auto takes what the device does natively
+LOSS_EVERY = 20  # steps between readings of the loss, each of which makes a GPU wait
 
 # --- Files ---
 CHECKPOINT_DIR = HERE / "checkpoints"  # folder of the .pth files
@@ -99,9 +99,6 @@ DEMO_SETTINGS = {
     "output_dir": OUTPUT_DIR / "demo",
 }
 
-WARMUP = 0.05  # share of a stage's steps in which the learning rate rises
-LOSS_EVERY = 20  # steps between readings of the loss, each of which waits for the device
-
 # Columns of metrics.csv.
 COLUMNS = (
     "stage", "epoch", "loss", *TERMS, "val_mse", "val_psnr", "kl_nats", "kl_per_latent",
@@ -110,7 +107,8 @@ COLUMNS = (
 
 # What makes a teacher the same teacher.
 TEACHER_RECIPE = (
-    "pixels_sha256", "teacher_epochs", "teacher_kl_weight", "batch_size", "learning_rate", "seed",
+    "pixels_sha256", "teacher_epochs", "teacher_kl_weight", "batch_size", "learning_rate",
+    "warmup", "seed",
 )
 # What makes a run the same run, so that it can go on.
 RECIPE = (
@@ -118,179 +116,10 @@ RECIPE = (
     "output_weight", "perceptual_weight", "temperature",
 )
 
-# --- One stage of training ---
-
-
-class Stage:
-    """What one stage trains, and everything needed to go on from the end of an epoch.
-
-    Args:
-        name: `teacher` or `student`.
-        model: the VAE to train.
-        criterion: (images, logits, mu, logvar, *targets) → (total, terms). Parameters of its own,
-            such as the projection's, are trained with the model's.
-        images: uint8 training images, on the device.
-        targets: tensors with a row for each image, handed to the criterion.
-        epochs: how many this stage has in all.
-        job: the settings, the precision and the held-out images.
-        val_teacher_mu: the teacher's mu of the held-out images, to watch the projection on.
-    """
-
-    def __init__(
-        self, name, model, criterion, images, targets, epochs, job, val_teacher_mu=None
-    ):
-        settings = job.settings
-        self.name, self.epochs, self.precision = name, epochs, job.precision
-        self.device = images.device
-        self.images, self.targets = images, targets
-        self.val_images, self.val_teacher_mu = job.val_images, val_teacher_mu
-        self.model = model.to(self.device, memory_format=torch.channels_last)
-        self.model.check_range = False  # to_float makes the images; looking would stall a GPU
-        self.criterion = criterion.to(self.device)
-        self.batch_size = settings.batch_size
-        self.steps_per_epoch = len(images) // self.batch_size
-        trained = [*model.parameters(), *criterion.parameters()]
-        self.optimizer = torch.optim.Adam(
-            [parameter for parameter in trained if parameter.requires_grad],
-            lr=settings.learning_rate,
-            fused=True,
-        )
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self.one_cycle)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
-        self.order = torch.Generator().manual_seed(settings.seed)  # of the images
-        self.rows = []  # of metrics.csv, one an epoch
-
-    def one_cycle(self, step):
-        """Share of the peak learning rate at a step: linear warm-up, cosine to zero.
-
-        After Smith & Topin 2017, arXiv:1708.07120.
-        """
-        total = self.epochs * self.steps_per_epoch
-        warmup = max(1, round(WARMUP * total))
-        if step < warmup:
-            return (step + 1) / warmup
-        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
-
-    def train_step(self, index):
-        """One step on the images of these indices. Returns the loss and its terms, detached."""
-        images = to_float(self.images[index])
-        targets = [target[index] for target in self.targets]
-        with autocast(self.device, self.precision):
-            mu, logvar = self.model.encode(images)
-            mu, logvar = mu.float(), logvar.float()
-            logits = self.model.decode_logits(self.model.reparameterize(mu, logvar)).float()
-            total, terms = self.criterion(images, logits, mu, logvar, *targets)
-        self.optimizer.zero_grad()
-        self.scaler.scale(total).backward()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.scheduler.step()
-        return {"loss": total.detach()} | terms
-
-    def train_epoch(self, bar):
-        """One pass over the images. Returns the mean loss and terms.
-
-        Raises InputError if the loss is no longer a number.
-        """
-        self.model.train()
-        steps = shuffled_batches(len(self.images), self.batch_size, self.order).to(self.device)
-        sums = 0
-        for step, index in enumerate(steps, 1):
-            found = self.train_step(index)
-            sums = sums + torch.stack(list(found.values()))
-            if step % LOSS_EVERY == 0 or step == len(steps):
-                loss = sums[0].item() / step
-                if not loss < float("inf"):  # NaN as well
-                    raise InputError(
-                        f"the loss of the {self.name} became {loss} in epoch "
-                        f"{len(self.rows) + 1}: the epochs before it are saved; try a lower "
-                        "--learning-rate, or --precision fp32"
-                    )
-                epoch = f"{len(self.rows) + 1}/{self.epochs}"
-                bar.set_postfix(epoch=epoch, loss=f"{loss:.5f}", refresh=False)
-            bar.update()
-        return dict(zip(found, (sums / len(steps)).tolist()))
-
-    def validate(self):
-        """The validation columns of a row, and the effective rank of the projection, if any."""
-        found = evaluate_vae(self.model, self.val_images, self.precision)
-        found["val_mse"], found["val_psnr"] = found.pop("mse"), found.pop("psnr")
-        rank = None
-        if self.val_teacher_mu is not None:
-            with torch.no_grad():
-                projected = self.criterion.projection(self.val_teacher_mu)
-            found["projected_std"] = projected.std(0).mean().item()
-            rank = effective_rank(projected)
-        return found, rank
-
-    def run(self):
-        """Train from where the stage stands to its last epoch; yield after every epoch."""
-        bar = progress_bar(
-            total=self.epochs * self.steps_per_epoch,
-            initial=len(self.rows) * self.steps_per_epoch,
-            desc=self.name,
-            unit="step",
-        )
-        with bar:
-            while len(self.rows) < self.epochs:
-                start = time.perf_counter()
-                row = {"stage": self.name, "epoch": len(self.rows) + 1} | self.train_epoch(bar)
-                found, rank = self.validate()
-                row |= found
-                row["learning_rate"] = self.scheduler.get_last_lr()[0]
-                row["seconds"] = round(time.perf_counter() - start, 2)
-                self.rows.append(row)
-                bar.write(self.epoch_line(row, rank))
-                yield
-
-    def epoch_line(self, row, rank):
-        terms = "  ".join(f"{term} {row[term]:.5f}" for term in TERMS if term in row)
-        line = (
-            f"{self.name} {row['epoch']:3d}/{self.epochs} | loss {row['loss']:.5f} | {terms} | "
-            f"val MSE {row['val_mse']:.5f}  PSNR {row['val_psnr']:.2f} dB | "
-            f"KL {row['kl_nats']:.1f} nats, {row['kl_per_latent']:.3f} a latent, "
-            f"{row['active_dims']} of {self.model.latent_dim} active"
-        )
-        if rank is not None:
-            line += f" | projected std {row['projected_std']:.3f}, rank {rank:.1f}"
-        return line + f" | {row['seconds']:.0f} s"
-
-    def state(self):
-        """Everything that going on needs, as plain data."""
-        random = {"cpu": torch.get_rng_state(), "order": self.order.get_state()}
-        if self.device.type in ("cuda", "mps"):
-            random[self.device.type] = getattr(torch, self.device.type).get_rng_state()
-        return {
-            "stage": self.name,
-            "architecture": self.model.architecture,
-            "epoch": len(self.rows),
-            "model": self.model.state_dict(),
-            "projection": trained_state(self.criterion),
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "random": random,
-            "rows": self.rows,
-        }
-
-    def load_state(self, state):
-        """Take up what `state` returned; raises KeyError or RuntimeError where it does not fit."""
-        self.model.load_state_dict(state["model"])
-        self.criterion.load_state_dict(self.criterion.state_dict() | state["projection"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
-        self.scaler.load_state_dict(state["scaler"])
-        torch.set_rng_state(state["random"]["cpu"])
-        self.order.set_state(state["random"]["order"])
-        if self.device.type in state["random"] and self.device.type != "cpu":
-            getattr(torch, self.device.type).set_rng_state(state["random"][self.device.type])
-        self.rows = state["rows"]
-
-
-def trained_state(criterion):
-    """A criterion's state dict without VGG16, which is frozen and comes from elsewhere."""
-    return {k: v for k, v in criterion.state_dict().items() if not k.startswith("perceptual.")}
-
+IN_WORDS = {
+    "pixels_sha256": "the training images differ",
+    "vgg_sha256": "VGG16's weights differ",
+}
 
 # --- The whole job ---
 
@@ -336,7 +165,7 @@ class Job:
         try:
             earlier = checkpoint["record"]
             changed = [
-                f"{name} was {earlier[name]}, is {self.record[name]}"
+                IN_WORDS.get(name, f"{name} was {earlier[name]}, is {self.record[name]}")
                 for name in recipe
                 if earlier[name] != self.record[name]
             ]
@@ -348,17 +177,30 @@ class Job:
                 "--overwrite to start anew, or another --checkpoint-dir and --output-dir"
             )
 
+    def check_earlier_run(self):
+        """Raise InputError if what is to be gone on with stems from another recipe."""
+        for name, recipe in (
+            ("teacher_vae.pth", TEACHER_RECIPE),
+            ("teacher_last.pth", RECIPE),
+            ("tinyvae_last.pth", RECIPE),
+        ):
+            path = self.checkpoint(name)
+            if path.exists():
+                self.check_recipe(load_checkpoint(path), path, recipe)
+
     def resume(self, stage, name):
         """Bring a stage to where its checkpoint stands, if the run is to be resumed and has one."""
         path = self.checkpoint(name)
         if not (self.settings.resume and path.exists()):
             return
         state = load_checkpoint(path)
-        self.check_recipe(state, path, RECIPE)
         try:
             stage.load_state(state)
         except (KeyError, RuntimeError, ValueError, TypeError) as error:
-            raise InputError(f"{path} cannot be resumed from: {error}") from error
+            reason = str(error).splitlines()[0]
+            raise InputError(
+                f"{path} cannot be resumed from ({reason}): --overwrite starts anew"
+            ) from error
         print(f"The {stage.name} goes on after epoch {len(stage.rows)}, from {path}")
         earlier = state["record"]
         for what in ("device_name", "precision", "versions"):
@@ -370,9 +212,7 @@ def train_teacher(job):
     """Stage 1. Returns the teacher, frozen, and its rows; skipped where there is one already."""
     path = job.checkpoint("teacher_vae.pth")
     if path.exists():
-        checkpoint = load_checkpoint(path)
-        job.check_recipe(checkpoint, path, TEACHER_RECIPE)
-        teacher = build_model(checkpoint, path, StandardVAE)
+        teacher, checkpoint = load_model(path, StandardVAE)
         rows = checkpoint["rows"]
         record = checkpoint["record"]
         print(
@@ -388,7 +228,7 @@ def train_teacher(job):
             "teacher", teacher, criterion, job.images, [], job.settings.teacher_epochs, job
         )
         job.resume(stage, "teacher_last.pth")
-        save_teacher(stage, job)  # before the work: a folder that cannot be written shows now
+        save_teacher(stage, job)  # before the work: a disk that is too full for it shows now
         for _ in stage.run():
             save_teacher(stage, job)
         rows = stage.rows
@@ -426,9 +266,7 @@ def distil_student(job, teacher, teacher_rows, vgg):
     for _ in stage.run():
         save_student(stage, job, teacher, teacher_rows)
 
-    best = build_model(
-        load_checkpoint(job.checkpoint("tinyvae_best.pth")), "tinyvae_best.pth", TinyVAE32
-    )
+    best, _ = load_model(job.checkpoint("tinyvae_best.pth"), TinyVAE32)
     return best.to(job.device), teacher_rows + stage.rows
 
 
@@ -448,19 +286,6 @@ def save_student(stage, job, teacher, teacher_rows):
     job.write_table(teacher_rows + stage.rows)
 
 
-@torch.no_grad()
-def teacher_outputs(teacher, images, precision):
-    """The teacher's mu (float32) of fixed images, and its logits (float16), decoded from mu."""
-    mus, logits = [], []
-    chunks = images.split(EVALUATION_BATCH)
-    for chunk in progress_bar(chunks, desc="teacher's outputs", unit="batch", leave=False):
-        with autocast(images.device, precision):
-            mu, _ = teacher.encode(to_float(chunk))
-            logits.append(teacher.decode_logits(mu).half())
-        mus.append(mu.float())
-    return torch.cat(mus), torch.cat(logits)
-
-
 def draw(job, teacher, student, rows, when):
     what = f"{job.record['data']}, validation split, student at {when}"
     models = {"teacher": teacher, "student": student}
@@ -475,11 +300,13 @@ RUN_FILES = (
     "teacher_last.pth", "tinyvae_last.pth", "tinyvae_best.pth", "tinyvae_epoch_*.pth",
     "metrics.csv", "config.json",
 )
-DRAWN = ("training_curves.png", "reconstruction_test.png", "interpolation_test.png")
+DRAWN = (
+    "training_curves.png", "reconstruction_test.png", "interpolation_test.png", "evaluation.json",
+)
 
 
 def find_files(settings, names):
-    folders = {settings.checkpoint_dir, settings.output_dir}
+    folders = {settings.checkpoint_dir.resolve(), settings.output_dir.resolve()}
     return sorted(path for folder in folders for name in names for path in folder.glob(name))
 
 
@@ -487,7 +314,13 @@ def refuse_earlier_run(settings):
     """Stop before an earlier run would be replaced."""
     earlier = find_files(settings, RUN_FILES)
     if settings.resume:
-        if not any(path.name.endswith("_last.pth") for path in earlier):
+        saved = {path.name for path in find_files(settings, ("*.pth",))}
+        if "tinyvae_best.pth" in saved and "tinyvae_last.pth" not in saved:
+            raise InputError(
+                f"{settings.checkpoint_dir} holds a student but no tinyvae_last.pth to go on "
+                "from: --overwrite replaces it, another --checkpoint-dir keeps it"
+            )
+        if not saved & {"teacher_last.pth", "teacher_vae.pth", "tinyvae_last.pth"}:
             print(f"Nothing to resume in {settings.checkpoint_dir}: starting from the beginning.")
     elif earlier and not settings.overwrite:
         raise InputError(
@@ -500,26 +333,30 @@ def remove_earlier_run(settings, job):
     """Remove what --overwrite and --demo replace. A teacher of the same settings stays."""
     for path in find_files(settings, RUN_FILES + DRAWN):
         path.unlink()
-    for path in find_files(settings, ("teacher_vae.pth",)):
-        try:
-            job.check_recipe(load_checkpoint(path), path, TEACHER_RECIPE)
-        except InputError:
-            path.unlink()
-        else:
-            if settings.demo:  # which is to show the whole job
-                path.unlink()
+    teacher = job.checkpoint("teacher_vae.pth")
+    if not teacher.exists():
+        return
+    try:
+        job.check_recipe(load_checkpoint(teacher), teacher, TEACHER_RECIPE)
+        is_another = False
+    except InputError:
+        is_another = True
+    if is_another or settings.demo:  # the demo is to show the whole job
+        teacher.unlink()
+        print(f"{teacher} removed: a new teacher is trained.")
 
 
 def print_summary(job):
     s, record = job.settings, job.record
     weights = ", ".join(f"{term} {weight:g}" for term, weight in job.weights.items())
+    beta = "none" if record["effective_beta"] is None else f"{record['effective_beta']:.3g}"
     print(
         f"images       {record['data']}: {record['train_images']:,} to train on, "
         f"{record['val_images']:,} held out\n"
         f"teacher      StandardVAE, {s.teacher_epochs} epochs, beta {s.teacher_kl_weight:g}\n"
         f"student      TinyVAE32, {s.epochs} epochs\n"
         f"loss         {weights}; T = {s.temperature:g}\n"
-        f"             effective beta {record['effective_beta']:.3g} "
+        f"             effective beta {beta} "
         "(KL against the reconstruction term alone)\n"
         f"VGG16        {record['vgg_weights']}\n"
         f"optimiser    Adam, peak learning rate {s.learning_rate:g}, batch {s.batch_size}, "
@@ -555,19 +392,24 @@ def distil(settings):
     refuse_earlier_run(settings)
     if settings.vgg == "none" or settings.perceptual_weight == 0:
         settings.vgg, settings.perceptual_weight = "none", 0.0
-    vgg, vgg_record = None, {"vgg_weights": "none: no perceptual term", "vgg_sha256": ""}
-    if settings.vgg != "none":
-        vgg, vgg_record = load_vgg16(settings.vgg, settings.seed)
+    if not any(getattr(settings, f"{term}_weight") for term in TERMS):
+        raise InputError("all five weights are zero: there is nothing to train on")
     images = load_training_images(settings.data, settings.limit)
     if len(images.train) < settings.batch_size:
         raise InputError(
             f"{len(images.train)} training images do not fill one batch of "
             f"{settings.batch_size}: lower --batch-size or add images"
         )
+    vgg, vgg_record = None, {"vgg_weights": "none: no perceptual term", "vgg_sha256": ""}
+    if settings.vgg != "none":
+        vgg, vgg_record = load_vgg16(settings.vgg, settings.seed)
+    check_writable(settings.checkpoint_dir)
+    check_writable(settings.output_dir)
 
     job = Job(settings, device, precision, images, vgg_record)
     if settings.overwrite:
         remove_earlier_run(settings, job)
+    job.check_earlier_run()
     print_summary(job)
     write_json(job.output("config.json"), job.record)
     start = time.perf_counter()
@@ -592,7 +434,8 @@ def main(argv=None):
         distil(settings)
     except KeyboardInterrupt:
         print(
-            "\nInterrupted. Every finished epoch is saved: the same command with --resume goes on.",
+            "\nInterrupted. Every finished epoch is saved: the same command with --resume goes on "
+            "(without --overwrite).",
             file=sys.stderr,
         )
         sys.exit(130)

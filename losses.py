@@ -12,13 +12,14 @@ Images are in [0, 1], N×3×32×32; a VAE offers mu, logvar, and its decoder's l
 """
 
 import hashlib
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.parametrizations import orthogonal
 
-from runtime import InputError, import_torchvision
+from runtime import InputError, download_timeout, import_torchvision
 from storage import load_checkpoint
 from vae import PIXEL_VALUES
 
@@ -96,7 +97,9 @@ class LatentProjection(nn.Module):
         rotation = nn.Linear(components, latent_dim, bias=False)
         with torch.no_grad():
             nn.init.eye_(rotation.weight)
-        self.rotation = orthogonal(rotation)                                   # Q
+        # The Cayley map is one small solve; the default, Householder reflections, would be
+        # thousands of kernels in every step.
+        self.rotation = orthogonal(rotation, orthogonal_map="cayley")          # Q
 
     def forward(self, teacher_mu):
         """N×512 → N×64, zero mean and unit variance over the training images."""
@@ -122,7 +125,8 @@ def output_distillation_loss(logits, teacher_logits, temperature):
     the sigmoid is flat, more nearly like those in mid-grey ones; the limit is (l_T − l_S)² / 8.
     On the images themselves T would cancel: T² MSE(s/T, t/T) = MSE(s, t).
     """
-    student, teacher = logits / temperature, teacher_logits / temperature
+    # Cached logits come in fp16, which is precise enough for a value but not for differences.
+    student, teacher = logits.float() / temperature, teacher_logits.float() / temperature
     divergence = (
         torch.sigmoid(teacher) * (teacher - student) + F.softplus(student) - F.softplus(teacher)
     )
@@ -200,15 +204,21 @@ def load_vgg16(source, seed=0):
 
     if source == "imagenet":
         try:
-            weights = models.VGG16_Weights.IMAGENET1K_V1.get_state_dict(
-                progress=True, check_hash=True
-            )
+            with download_timeout():
+                weights = models.VGG16_Weights.IMAGENET1K_V1.get_state_dict(
+                    progress=True, check_hash=True, weights_only=True
+                )
         except Exception as error:  # URL, socket, disk and checksum errors share no narrower base
             raise InputError(
-                f"the ImageNet weights of VGG16 could not be downloaded ({error}): name a file "
-                "that holds them with --vgg PATH, use --vgg random or --vgg none, or --demo"
+                f"the ImageNet weights of VGG16 could not be downloaded or read ({error}): name a "
+                "file that holds them with --vgg PATH, use --vgg random or --vgg none, or --demo"
             ) from error
         description = "ImageNet, torchvision IMAGENET1K_V1"
+    elif not Path(source).exists():
+        raise InputError(
+            f"there is no file {source}: --vgg takes imagenet, random, none, or the path of a "
+            "state dict of VGG16"
+        )
     else:
         weights = load_checkpoint(source)
         description = f"from {source}"
@@ -222,7 +232,8 @@ def load_vgg16(source, seed=0):
             {key.removeprefix("features."): weights[key].float() for key in VGG_KEYS}, assign=True
         )
     except RuntimeError as error:
-        raise InputError(f"the weights in {source} are not VGG16's: {error}") from error
+        reason = str(error).splitlines()[1].strip()  # the first line names only the class
+        raise InputError(f"the weights in {source} are not VGG16's: {reason}") from error
     return features, vgg_record(features, description)
 
 
@@ -286,6 +297,6 @@ def effective_beta(kl_weight, reconstruction_weight):
     """beta of (summed squared error + beta × summed KL), the beta-VAE these two weights make.
 
     Counts the reconstruction term alone; the output and perceptual terms also pull towards the
-    image, which makes the beta that is felt smaller.
+    image, which makes the beta that is felt smaller. None without a reconstruction term.
     """
-    return kl_weight / reconstruction_weight if reconstruction_weight else float("inf")
+    return kl_weight / reconstruction_weight if reconstruction_weight else None

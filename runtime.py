@@ -10,10 +10,12 @@ help and the constant as its default, so that nothing is said twice.
 """
 
 import argparse
+import contextlib
 import importlib.metadata
 import math
 import platform
 import re
+import socket
 import sys
 from pathlib import Path
 
@@ -62,6 +64,7 @@ CHECKS = {
     "teacher_epochs": at_least(1),
     "batch_size": at_least(2),  # BatchNorm needs two images to have a variance
     "learning_rate": POSITIVE,
+    "warmup": (lambda value: 0 <= value <= 1, "must be a share, from 0 to 1"),
     "temperature": POSITIVE,
     "reconstruction_weight": NOT_NEGATIVE,
     "kl_weight": NOT_NEGATIVE,
@@ -70,6 +73,8 @@ CHECKS = {
     "perceptual_weight": NOT_NEGATIVE,
     "teacher_kl_weight": NOT_NEGATIVE,
     "save_every": at_least(1),
+    "loss_every": at_least(1),
+    "pca_components": (lambda value: 1 <= value <= 3072, "must be between 1 and 3072"),
     "seed": (lambda value: 0 <= value < 2**32, "must be between 0 and 4294967295"),
     "device": one_of("auto", "cuda", "cpu", "mps"),
     "precision": one_of("auto", "fp32", "bf16", "fp16"),
@@ -97,7 +102,7 @@ def parse_flags(script, argv=None, demo_settings=None):
     )
     group = parser
     for line in Path(script["__file__"]).read_text(encoding="utf-8").splitlines():
-        if line.startswith("def "):  # the constants end where the code begins
+        if line.startswith(("def ", "class ")):  # the constants end where the code begins
             break
         if section := SECTION.match(line):
             group = parser.add_argument_group(section[1])
@@ -146,7 +151,11 @@ def pick_device(name):
 
 
 def pick_precision(name, device):
-    """`auto` takes what the hardware does natively: bf16, else fp16 tensor cores, else fp32."""
+    """`auto` takes what the hardware does natively: bf16, else fp16 tensor cores, else fp32.
+
+    fp32 means it: TF32, which Ampere and later use in convolutions by default, is turned off.
+    """
+    torch.backends.cudnn.allow_tf32 = False
     if name == "fp16" and device.type != "cuda":
         raise InputError(
             f"fp16 training needs a CUDA device, this is {device.type}: use --precision auto"
@@ -167,10 +176,16 @@ def pick_precision(name, device):
 
 def cpu_has_bf16():
     """Whether this CPU multiplies bf16 matrices itself; emulated, bf16 is slower than fp32."""
-    if not hasattr(torch.cpu, "get_capabilities"):  # PyTorch before 2.11 has no public answer
-        return False
-    capabilities = torch.cpu.get_capabilities()
-    return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
+    if hasattr(torch.cpu, "get_capabilities"):
+        capabilities = torch.cpu.get_capabilities()
+        return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
+    return "amx_bf16" in cpuinfo() or "avx512_bf16" in cpuinfo()  # older PyTorch
+
+
+def cpuinfo():
+    """What Linux says of the CPU; nothing elsewhere."""
+    path = Path("/proc/cpuinfo")
+    return path.read_text() if path.exists() else ""
 
 
 def autocast(device, precision):
@@ -185,10 +200,8 @@ def describe_device(device):
         return torch.cuda.get_device_name(device)
     if device.type == "mps":
         return f"Apple {platform.processor()} GPU"
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists() and (name := re.search(r"model name\s*: (.+)", cpuinfo.read_text())):
-        model = name[1]
+    name = re.search(r"model name\s*: (.+)", cpuinfo())
+    model = name[1] if name else platform.processor() or platform.machine()
     isa = torch.backends.cpu.get_cpu_capability()
     return f"CPU, {model}, {isa}, {torch.get_num_threads()} threads"
 
@@ -217,6 +230,17 @@ def versions():
     return {"python": platform.python_version()} | {
         package: importlib.metadata.version(package) for package in packages
     }
+
+
+@contextlib.contextmanager
+def download_timeout(seconds=20):
+    """Within it, a download that gets no byte for so long fails instead of hanging."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
 
 
 def import_torchvision():

@@ -11,10 +11,6 @@ from pathlib import Path
 import torch
 
 from runtime import InputError
-from standard_vae import StandardVAE
-from tiny_vae_32 import TinyVAE32
-
-MODELS = {"StandardVAE": StandardVAE, "TinyVAE32": TinyVAE32}
 
 
 def write_bytes(path, content):
@@ -39,8 +35,15 @@ def write_bytes(path, content):
         ) from error
 
 
+def check_writable(folder):
+    """Make a folder and try it, before work starts whose results it is to hold."""
+    trial = Path(folder) / "write_test"
+    write_bytes(trial, b"")
+    trial.unlink()
+
+
 def write_json(path, record):
-    write_bytes(path, (json.dumps(record, indent=2) + "\n").encode())
+    write_bytes(path, (json.dumps(record, indent=2, allow_nan=False) + "\n").encode())
 
 
 def write_csv(path, columns, rows):
@@ -79,35 +82,3 @@ def load_checkpoint(path):
     if not isinstance(checkpoint, dict):
         raise InputError(f"{path} holds a {type(checkpoint).__name__}, not a checkpoint")
     return checkpoint
-
-
-def build_model(checkpoint, path, expected):
-    """The model that a checkpoint describes, with its weights, in evaluation mode on the CPU.
-
-    Args:
-        checkpoint: what `load_checkpoint` returned.
-        path: where it came from, for the error.
-        expected: the class it should be, such as TinyVAE32.
-
-    Raises InputError if the checkpoint holds another architecture, or weights that do not fit.
-    """
-    architecture = checkpoint.get("architecture")
-    if not isinstance(architecture, dict) or "model" not in checkpoint:
-        raise InputError(f"{path} is not a model checkpoint of this project")
-    arguments = dict(architecture)
-    name = arguments.pop("name", None)
-    if MODELS.get(name) is not expected:
-        raise InputError(f"{path} holds a {name}, but a {expected.__name__} is needed here")
-    try:
-        model = expected(**arguments)
-        model.load_state_dict(checkpoint["model"])
-    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
-        raise InputError(f"the weights in {path} do not fit its architecture: {error}") from error
-    return model.eval()
-
-
-def weight_bytes(model):
-    """Size of a model's state dict on disk: weights and BatchNorm statistics, nothing else."""
-    buffer = io.BytesIO()
-    torch.save(model.state_dict(), buffer)
-    return buffer.getbuffer().nbytes

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,14 +26,15 @@ import data
 import distill_tinyvae
 import losses
 import metrics
+import models
 import pictures
 import runtime
 import storage
 import test_trained_model
+import training
 from runtime import InputError
 from standard_vae import StandardVAE
 from tiny_vae_32 import TinyVAE32
-from vae import count_parameters
 
 HERE = Path(__file__).resolve().parent
 SCRIPTS = (distill_tinyvae, test_trained_model)
@@ -56,8 +58,8 @@ def random_normal(*shape, seed=0):
 )
 def test_models_have_their_exact_size(model, parameters, mib, latent_dim):
     vae = model()
-    assert count_parameters(vae) == parameters
-    assert storage.weight_bytes(vae) / 2**20 == pytest.approx(mib, abs=0.02)
+    assert models.count_parameters(vae) == parameters
+    assert models.weight_bytes(vae) / 2**20 == pytest.approx(mib, abs=0.02)
     reconstruction, mu, logvar = vae(random_images(3))
     assert reconstruction.shape == (3, 3, 32, 32)
     assert mu.shape == logvar.shape == (3, latent_dim)
@@ -150,8 +152,10 @@ def test_output_term_is_a_softened_bernoulli_divergence():
     expected = 9 * torch.distributions.kl_divergence(*soft).mean()
     torch.testing.assert_close(found, expected)
     assert losses.output_distillation_loss(teacher, teacher, 3.0).abs() < 1e-6
-    flat = losses.output_distillation_loss(student.double(), teacher.double(), 1000.0)
-    torch.testing.assert_close(flat, (student - teacher).double().square().mean() / 8)
+    half = losses.output_distillation_loss(student, teacher.half(), 3.0)  # as they are cached
+    torch.testing.assert_close(half, expected, rtol=1e-3, atol=0)
+    flat = losses.output_distillation_loss(student, teacher, 30.0)  # nearly the limit of large T
+    torch.testing.assert_close(flat, (student - teacher).square().mean() / 8, rtol=0.01, atol=0)
 
 
 def test_temperature_turns_the_gradient():
@@ -239,11 +243,11 @@ def test_vgg16_comes_from_where_it_is_said_to(tmp_path):
     assert loaded_record["vgg_sha256"] == record["vgg_sha256"]
     assert torch.equal(loaded(random_images(1)), features(random_images(1)))
 
-    with pytest.raises(InputError, match="there is no checkpoint"):
-        losses.load_vgg16(str(tmp_path / "nowhere.pth"))
+    with pytest.raises(InputError, match="there is no file imagnet: --vgg takes imagenet, random"):
+        losses.load_vgg16("imagnet")
     weights["features.0.weight"] = torch.zeros(64, 3, 5, 5)
     torch.save(weights, tmp_path / "vgg.pth")
-    with pytest.raises(InputError, match="are not VGG16's"):
+    with pytest.raises(InputError, match=r"are not VGG16's: size mismatch for 0\.weight"):
         losses.load_vgg16(str(tmp_path / "vgg.pth"))
     del weights["features.0.weight"]
     torch.save(weights, tmp_path / "vgg.pth")
@@ -349,13 +353,27 @@ def test_unusable_folders_are_refused(data_dir):
     with pytest.raises(InputError, match="holds no images"):
         data.load_training_images(str(data_dir / "photos"))
     write_images(data_dir / "photos" / "train", 2)
+    with pytest.raises(InputError, match="has 2 training images: at least 4"):
+        data.load_training_images(str(data_dir / "photos"))
+    link = data_dir / "photos" / "train" / "link.png"
+    link.symlink_to(data_dir / "nowhere.png")
+    with pytest.raises(InputError, match=r"link\.png is a link to nothing"):
+        data.load_training_images(str(data_dir / "photos"))
+    link.unlink()
     broken = data_dir / "photos" / "train" / "000.png"
     broken.write_bytes(broken.read_bytes()[:200])
     with pytest.raises(InputError, match=r"could not read the image .*000\.png"):
         data.load_training_images(str(data_dir / "photos"))
     (data_dir / "photos" / "cifar-10-batches-py").mkdir()
-    with pytest.raises(InputError, match="CIFAR-10 is not in"):
+    with pytest.raises(InputError, match="incomplete or damaged"):
         data.load_training_images(str(data_dir / "photos"))
+
+
+def test_a_linked_class_folder_is_followed(data_dir):
+    write_images(data_dir / "elsewhere", 5)
+    (data_dir / "photos" / "train").mkdir(parents=True)
+    (data_dir / "photos" / "train" / "cats").symlink_to(data_dir / "elsewhere")
+    assert len(data.load_split(str(data_dir / "photos"), "train")) == 5
 
 
 def test_an_epoch_shows_each_image_at_most_once():
@@ -479,17 +497,18 @@ def test_a_checkpoint_builds_the_model_it_describes_and_no_other(tmp_path):
     path = tmp_path / "model.pth"
     vae = TinyVAE32(latent_dim=8, decoder_channels=(10, 9, 8, 7)).eval()
     storage.save_checkpoint(path, {"architecture": vae.architecture, "model": vae.state_dict()})
-    checkpoint = storage.load_checkpoint(path)
-    built = storage.build_model(checkpoint, path, TinyVAE32)
+    built, checkpoint = models.load_model(path, TinyVAE32)
     images = random_images(2)
     assert torch.equal(built(images)[0], vae(images)[0])
     with pytest.raises(InputError, match="holds a TinyVAE32, but a StandardVAE is needed"):
-        storage.build_model(checkpoint, path, StandardVAE)
+        models.load_model(path, StandardVAE)
     checkpoint["architecture"]["latent_dim"] = 9
+    storage.save_checkpoint(path, checkpoint)
     with pytest.raises(InputError, match="do not fit"):
-        storage.build_model(checkpoint, path, TinyVAE32)
+        models.load_model(path, TinyVAE32)
+    storage.save_checkpoint(path, {"weights": 1})
     with pytest.raises(InputError, match="not a model checkpoint"):
-        storage.build_model({"weights": 1}, path, TinyVAE32)
+        models.load_model(path, TinyVAE32)
 
 
 # --- Flags ---
@@ -676,41 +695,70 @@ def test_training_moves_student_and_projection(tiny_run):
     assert (rotation - torch.eye(*rotation.shape)).abs().max() > 1e-4
 
 
-def test_the_teacher_stays_as_it_was_while_the_student_learns(tiny_run):
+def contents(run):
+    return {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+
+
+def test_a_second_run_replaces_nothing_unless_told_to(tiny_run):
     run, _ = tiny_run
-    path = run / "checkpoints" / "teacher_vae.pth"
-    checkpoint = storage.load_checkpoint(path)
-    teacher = storage.build_model(checkpoint, path, StandardVAE)
-    images = data.load_training_images("dead-leaves", 64)
-    found = metrics.evaluate_vae(teacher, images.val)
-    assert found["mse"] == pytest.approx(checkpoint["rows"][-1]["val_mse"], rel=1e-4)
+    before = contents(run)
+    for flags, message in (
+        ((), r"--resume .* --overwrite .* another"),
+        (("--resume", "--overwrite"), "give one of them"),
+        (("--resume", "--epochs", "4"), r"other settings \(epochs was 3, is 4\)"),
+        (("--resume", "--learning-rate", "0.01"), r"learning_rate was 0\.001, is 0\.01"),
+        (("--resume", "--limit", "65"), "the training images differ"),
+        (("--resume", "--vgg", "none"), "VGG16's weights differ"),
+    ):
+        with pytest.raises(InputError, match=message):
+            distill_tinyvae.main([*TINY, *folders(run), *flags])
+    assert contents(run) == before
 
 
-def test_a_second_run_replaces_nothing_unless_told_to(tiny_run, capsys):
+def copy_of(run, tmp_path):
+    shutil.copytree(run, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def test_overwrite_keeps_a_teacher_of_the_same_settings(tiny_run, tmp_path, capsys, monkeypatch):
     run, _ = tiny_run
-    before = weights_of(run)
-    with pytest.raises(InputError, match=r"--resume .* --overwrite .* another"):
-        distill_tinyvae.main([*TINY, *folders(run)])
-    with pytest.raises(InputError, match="give one of them"):
-        distill_tinyvae.main([*TINY, *folders(run), "--resume", "--overwrite"])
-    with pytest.raises(InputError, match=r"other settings \(epochs was 3, is 4\)"):
-        distill_tinyvae.main([*TINY, *folders(run), "--resume", "--epochs", "4"])
-    with pytest.raises(InputError, match=r"learning_rate was 0\.001, is 0\.01"):
-        distill_tinyvae.main([*TINY, *folders(run), "--resume", "--learning-rate", "0.01"])
-    assert all(torch.equal(before[key], value) for key, value in weights_of(run).items())
-
-
-def test_overwrite_keeps_a_teacher_of_the_same_settings(tiny_run, tmp_path, capsys):
-    run, _ = tiny_run
-    copy = tmp_path / "copy"
-    subprocess.run(["cp", "-r", run, copy], check=True)
+    copy = copy_of(run, tmp_path)
+    drawn = []
+    monkeypatch.setattr(distill_tinyvae, "draw", lambda job, teacher, *rest: drawn.append(teacher))
     distill_tinyvae.main([*TINY, *folders(copy), "--overwrite"])
     assert "Stage 1 skipped" in capsys.readouterr().out
     assert_same_run(run, copy)
-    other = ("--teacher-epochs", "1", "--epochs", "1")
+
+    # The teacher has gone through a whole stage 2 and is what it was, BatchNorm included.
+    teacher = drawn[-1]
+    assert not teacher.training and not any(p.requires_grad for p in teacher.parameters())
+    before = weights_of(run, "teacher_vae.pth")
+    assert all(torch.equal(before[key], value) for key, value in teacher.state_dict().items())
+
+    other = ("--teacher-epochs", "1", "--epochs", "1", "--vgg", "none")
     distill_tinyvae.main([*TINY, *folders(copy), "--overwrite", *other])
-    assert "Stage 1 skipped" not in capsys.readouterr().out
+    assert "a new teacher is trained" in capsys.readouterr().out
     assert len(read_rows(copy)) == 1 + 1 + 1
+
+
+def test_the_demo_replaces_its_own_folders_and_no_others(tmp_path, monkeypatch, capsys):
+    own, mine = tmp_path / "demo", tmp_path / "mine"
+    tiny = {"limit": 32, "teacher_epochs": 1, "epochs": 1, "batch_size": 32, "vgg": "none"}
+    paths = {"checkpoint_dir": own / "checkpoints", "output_dir": own / "outputs"}
+    monkeypatch.setattr(
+        distill_tinyvae, "DEMO_SETTINGS", distill_tinyvae.DEMO_SETTINGS | tiny | paths
+    )
+    monkeypatch.setattr(distill_tinyvae, "draw", lambda *_: None)
+    for _ in range(2):
+        distill_tinyvae.main(["--demo", "--device", "cpu"])
+        assert "Stage 1 skipped" not in capsys.readouterr().out
+    before = contents(own)
+    distill_tinyvae.main(["--demo", "--device", "cpu", "--resume"])
+    assert "goes on after epoch 1" in capsys.readouterr().out
+    assert contents(own).keys() == before.keys()
+    distill_tinyvae.main(["--demo", "--device", "cpu", *folders(mine)])
+    with pytest.raises(InputError, match="is of an earlier run"):
+        distill_tinyvae.main(["--demo", "--device", "cpu", *folders(mine)])
 
 
 def test_killed_in_either_stage_a_run_resumes_bit_for_bit(tiny_run, tmp_path):
@@ -747,32 +795,81 @@ def test_ctrl_c_ends_in_a_sentence(tmp_path):
     assert "--resume goes on" in output and "Traceback" not in output
 
 
-def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_state(
-    tiny_run, tmp_path, monkeypatch
+def test_failing_at_any_write_a_run_resumes_bit_for_bit(tmp_path, monkeypatch):
+    # Every write of a run fails once, after the file's content is complete but before it is in
+    # place; the run is resumed after each. This meets every moment between two files.
+    flags = (*TINY, "--vgg", "none", "--teacher-epochs", "1", "--epochs", "2")
+    monkeypatch.setattr(distill_tinyvae, "draw", lambda *_: None)
+    distill_tinyvae.main([*flags, *folders(tmp_path / "whole")])
+
+    failed = set()
+    write = storage.write_bytes
+
+    def fail_once(path, content):
+        # What a file is at this point of the run: its name and how far the table is.
+        table = tmp_path / "broken" / "outputs" / "metrics.csv"
+        moment = (Path(path).name, len(table.read_text().splitlines()) if table.exists() else 0)
+        if Path(path).name != "write_test" and moment not in failed:
+            failed.add(moment)
+            raise InputError("this write failed")
+        write(path, content)
+
+    monkeypatch.setattr(storage, "write_bytes", fail_once)
+    for _ in range(40):
+        try:
+            distill_tinyvae.main([*flags, *folders(tmp_path / "broken"), "--resume"])
+            break
+        except InputError as error:
+            assert str(error) == "this write failed"
+    assert {name for name, _ in failed} >= {
+        "teacher_last.pth", "teacher_vae.pth", "tinyvae_last.pth", "tinyvae_best.pth",
+        "tinyvae_epoch_002.pth", "metrics.csv", "config.json",
+    }
+    assert_same_run(tmp_path / "whole", tmp_path / "broken")
+
+
+@pytest.mark.parametrize("what", ["loss", "validation mse"])
+def test_what_is_no_number_stops_the_run_and_keeps_the_last_good_state(
+    tiny_run, tmp_path, monkeypatch, what
 ):
     run, _ = tiny_run
-    copy = tmp_path / "copy"
-    subprocess.run(["cp", "-r", run, copy], check=True)
-    (copy / "checkpoints" / "tinyvae_last.pth").unlink()
-    step = distill_tinyvae.Stage.train_step
+    copy = copy_of(run, tmp_path)
+    for path in (copy / "checkpoints").glob("tinyvae_*"):
+        path.unlink()
+    train_epoch, train_step = training.Stage.train_epoch, training.Stage.train_step
 
-    def poisoned(self, index):
-        found = step(self, index)
-        return found | {"loss": found["loss"] * float("nan")} if len(self.rows) == 1 else found
+    def poison_step(self, index):
+        if len(self.rows) == 1:
+            self.model.fc_mu.bias.data.fill_(float("nan"))
+        return train_step(self, index)
 
-    monkeypatch.setattr(distill_tinyvae.Stage, "train_step", poisoned)
-    with pytest.raises(InputError, match=r"loss of the student became nan in epoch 2: .*lower"):
+    def poison_weights(self, bar):  # after the last loss of the epoch has been read
+        found = train_epoch(self, bar)
+        if len(self.rows) == 1:
+            self.model.fc_mu.bias.data.fill_(float("nan"))
+        return found
+
+    if what == "loss":
+        monkeypatch.setattr(training.Stage, "train_step", poison_step)
+    else:
+        monkeypatch.setattr(training.Stage, "train_epoch", poison_weights)
+    with pytest.raises(InputError, match=rf"the {what} of the student became nan in epoch 2; .*"):
         distill_tinyvae.main([*TINY, *folders(copy), "--resume"])
-    assert storage.load_checkpoint(copy / "checkpoints" / "tinyvae_last.pth")["epoch"] == 1
+    last = storage.load_checkpoint(copy / "checkpoints" / "tinyvae_last.pth")
+    assert last["epoch"] == 1
+    assert all(value.isfinite().all() for value in last["model"].values())
 
 
 def test_what_cannot_work_is_refused_before_training(tmp_path, monkeypatch):
     def train_nothing(self):
         raise AssertionError("training began")
 
-    monkeypatch.setattr(distill_tinyvae.Stage, "run", train_nothing)
+    monkeypatch.setattr(training.Stage, "run", train_nothing)
     with pytest.raises(InputError, match="do not fill one batch of 65"):
         distill_tinyvae.main([*TINY, *folders(tmp_path), "--batch-size", "65"])
+    weights = [word for term in losses.TERMS for word in (f"--{term}-weight", "0")]
+    with pytest.raises(InputError, match="all five weights are zero"):
+        distill_tinyvae.main([*TINY, *folders(tmp_path), *weights])
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="could not write"):
@@ -810,12 +907,12 @@ def test_without_network_the_real_recipe_stops_at_once(tmp_path, flags, named):
     assert all(word in done.stderr for word in named)
 
 
-def test_a_term_can_be_left_out(tmp_path):
-    distill_tinyvae.main(
-        [*TINY, *folders(tmp_path), "--vgg", "none", "--latent-weight", "0", "--epochs", "1"]
-    )
+def test_a_term_can_be_left_out_and_bf16_trains(tmp_path):
+    less = ("--vgg", "none", "--latent-weight", "0", "--epochs", "1", "--teacher-epochs", "1")
+    distill_tinyvae.main([*TINY, *folders(tmp_path), *less, "--precision", "bf16"])
     config = json.loads((tmp_path / "outputs" / "config.json").read_text())
     assert config["perceptual_weight"] == 0 and config["vgg"] == "none"
+    assert config["precision"] == "bf16"
     header, *_, last = read_rows(tmp_path)
     row = dict(zip(header, last))
     assert row["perceptual"] == row["latent"] == "" != row["output"]
@@ -834,8 +931,7 @@ def test_evaluation_script(tiny_run, tmp_path, capsys):
     student = record["results"]["student"]
     assert student["parameters"] == 294_403
     # The figures are those of the test split, computed here another way.
-    checkpoint = storage.load_checkpoint(run / "checkpoints" / "tinyvae_best.pth")
-    vae = storage.build_model(checkpoint, "", TinyVAE32)
+    vae, _ = models.load_model(run / "checkpoints" / "tinyvae_best.pth", TinyVAE32)
     images = data.to_float(data.dead_leaves(64, data.SPLIT_SEED, "test"))
     assert student["mse"] == pytest.approx(F.mse_loss(vae(images)[0], images).item(), rel=1e-3)
     ratio = record["results"]["teacher"]["weight_bytes"] / student["weight_bytes"]
@@ -853,9 +949,14 @@ def test_evaluation_takes_the_architecture_from_the_checkpoint(tmp_path, capsys)
     test_trained_model.main([*flags, *folders(tmp_path), "--pca-components", "12"])
     assert "teacher  left out" in capsys.readouterr().out
     record = json.loads((tmp_path / "outputs" / "evaluation.json").read_text())
-    assert record["results"]["student"]["parameters"] == count_parameters(vae)
-    with pytest.raises(InputError, match="there is no checkpoint"):
-        test_trained_model.main(["--student", "nowhere.pth", *folders(tmp_path)])
+    assert record["results"]["student"]["parameters"] == models.count_parameters(vae)
+    for bad, message in (
+        (["--student", "nowhere.pth"], "there is no checkpoint"),
+        ([*flags, "--teacher", "nowhere.pth"], "there is no checkpoint"),
+        (["--student", str(path)], "does not say its images"),
+    ):
+        with pytest.raises(InputError, match=message):
+            test_trained_model.main([*bad, *folders(tmp_path)])
 
 
 def test_pictures_show_the_same_images_each_time():
@@ -885,14 +986,22 @@ def test_readme_names_flags_and_files_that_exist():
 
 @needs_cuda
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_a_run_on_cuda(tmp_path, precision):
+def test_a_run_on_cuda(tmp_path, precision, monkeypatch):
     if precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
         pytest.skip("this CUDA device has no bf16")
     flags = [*TINY, *folders(tmp_path), "--device", "cuda", "--precision", precision]
-    distill_tinyvae.main(flags)
-    rows = read_rows(tmp_path)
-    assert len(rows) == 6
+    train_epoch = training.Stage.train_epoch
+
+    def interrupted(self, bar):
+        if self.name == "student" and len(self.rows) == 1:
+            raise KeyboardInterrupt
+        return train_epoch(self, bar)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(training.Stage, "train_epoch", interrupted)
+        distill_tinyvae.main(flags)
+    distill_tinyvae.main([*flags, "--resume"])
+    assert len(read_rows(tmp_path)) == 6
     state = storage.load_checkpoint(tmp_path / "checkpoints" / "tinyvae_last.pth")
     assert bool(state["scaler"]) == (precision == "fp16")
-    distill_tinyvae.main([*flags, "--resume"])
-    assert read_rows(tmp_path) == rows
+    test_trained_model.main([*folders(tmp_path), "--device", "cuda"])

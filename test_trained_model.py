@@ -17,8 +17,10 @@ import torch
 
 from data import load_test_images, load_training_images, to_float
 from metrics import evaluate_images, evaluate_vae, fit_pca, seconds_per_batch
+from models import count_parameters, load_model, weight_bytes
 from pictures import draw_interpolations, draw_reconstructions
 from runtime import (
+    InputError,
     describe_device,
     parse_flags,
     pick_device,
@@ -28,9 +30,9 @@ from runtime import (
     versions,
 )
 from standard_vae import StandardVAE
-from storage import build_model, load_checkpoint, weight_bytes, write_json
+from storage import write_json
 from tiny_vae_32 import TinyVAE32
-from vae import PIXEL_VALUES, count_parameters
+from vae import PIXEL_VALUES
 
 HERE = Path(__file__).resolve().parent
 
@@ -38,7 +40,7 @@ HERE = Path(__file__).resolve().parent
 STUDENT = "tinyvae_best.pth"  # a file in the checkpoint folder, or a path
 TEACHER = "teacher_vae.pth"  # likewise; left out, and said so, where it is missing
 DATA = "checkpoint"  # what the student was trained on, or cifar10, dead-leaves, or a folder
-LIMIT = 0  # fit PCA to the first N training images; 0 takes those the student was trained on
+LIMIT = 0  # fit PCA to the first N training images; 0: as many as the student saw, or all of DATA
 
 # --- Measuring ---
 PCA_COMPONENTS = 64  # numbers in a code, as many as the student's latents
@@ -57,12 +59,9 @@ DEMO_SETTINGS = {
 }
 
 
-def load_model(name, folder, expected):
-    """The model and the record of its run, from a file in the folder or from a path."""
-    path = folder / name if (folder / name).exists() or not Path(name).exists() else Path(name)
-    checkpoint = load_checkpoint(path)
-    model = build_model(checkpoint, path, expected)
-    return model, checkpoint.get("record", {}), path
+def find_checkpoint(name, folder):
+    """A name is a file in the checkpoint folder, or else a path."""
+    return folder / name if (folder / name).exists() or not Path(name).exists() else Path(name)
 
 
 def measure_vae(vae, images, precision, batch_size):
@@ -105,22 +104,27 @@ def table_row(name, found, teacher_bytes):
 def evaluate(settings):
     device = pick_device(settings.device)
     precision = pick_precision(settings.precision, device)
-    folder = settings.checkpoint_dir
-    student, record, student_path = load_model(settings.student, folder, TinyVAE32)
-    models = {}
-    if (folder / settings.teacher).exists() or Path(settings.teacher).exists():
-        models["teacher"], _, teacher_path = load_model(settings.teacher, folder, StandardVAE)
+    student_path = find_checkpoint(settings.student, settings.checkpoint_dir)
+    teacher_path = find_checkpoint(settings.teacher, settings.checkpoint_dir)
+    student, checkpoint = load_model(student_path, TinyVAE32)
+    record = checkpoint.get("record", {})
+    models = {"student": student}
+    if teacher_path.exists() or settings.teacher != TEACHER:
+        models = {"teacher": load_model(teacher_path, StandardVAE)[0]} | models
         print(f"teacher  {teacher_path}")
     else:
-        print(f"teacher  left out: there is no {folder / settings.teacher}")
-    models["student"] = student
+        print(f"teacher  left out: there is no {teacher_path}")
     print(f"student  {student_path}")
 
     data, limit = settings.data, settings.limit
     if data == "checkpoint":
-        data, limit = record.get("data", "cifar10"), limit or record.get("limit", 0)
-    train = load_training_images(data, limit).train
-    test = load_test_images(data, limit).to(device)
+        if "data" not in record:
+            raise InputError(f"{student_path} does not say its images: name them with --data")
+        data, limit = record["data"], limit or record["limit"]
+    images = load_training_images(data, limit)
+    train, test = images.train, load_test_images(data, limit).to(device)
+    if images.record["pixels_sha256"] != record.get("pixels_sha256"):
+        print("images   not those the student was trained on, or not as many")
     print(f"images   {data}: {len(test):,} of the test split, {len(train):,} to fit PCA to")
     print(f"device   {describe_device(device)}, {precision}\n")
 
@@ -150,6 +154,7 @@ def evaluate(settings):
         written[0],
         {
             "student": str(student_path),
+            "teacher": str(teacher_path) if "teacher" in models else None,
             "data": data,
             "test_images": len(test),
             "pca_images": len(train),

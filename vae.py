@@ -85,10 +85,5 @@ def check_channels(name, channels):
     return channels
 
 
-def count_parameters(model):
-    """Number of trainable and frozen parameters; BatchNorm's running statistics do not count."""
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
 def _shape(tensor):
     return "×".join(map(str, tensor.shape)) or "a scalar"

@@ -1,0 +1,205 @@
+"""One stage of training: the step, the epoch, the state that resuming needs.
+
+Teacher and student go through the same code; what differs is the criterion and its targets.
+"""
+
+import math
+import time
+
+import torch
+
+from data import shuffled_batches, to_float
+from losses import TERMS
+from metrics import EVALUATION_BATCH, effective_rank, evaluate_vae
+from runtime import InputError, autocast, progress_bar
+
+
+class Stage:
+    """What one stage trains, and everything needed to go on from the end of an epoch.
+
+    Args:
+        name: `teacher` or `student`.
+        model: the VAE to train.
+        criterion: (images, logits, mu, logvar, *targets) → (total, terms). Parameters of its own,
+            such as the projection's, are trained with the model's.
+        images: uint8 training images, on the device.
+        targets: tensors with a row for each image, handed to the criterion.
+        epochs: how many this stage has in all.
+        job: has `settings`, `precision` and `val_images`, the held-out images.
+        val_teacher_mu: the teacher's mu of the held-out images, to watch the projection on.
+    """
+
+    def __init__(
+        self, name, model, criterion, images, targets, epochs, job, val_teacher_mu=None
+    ):
+        settings = job.settings
+        self.name, self.epochs, self.precision = name, epochs, job.precision
+        self.device = images.device
+        self.images, self.targets = images, targets
+        self.val_images, self.val_teacher_mu = job.val_images, val_teacher_mu
+        self.model = model.to(self.device, memory_format=torch.channels_last)
+        self.model.check_range = False  # to_float makes the images; looking would stall a GPU
+        self.criterion = criterion.to(self.device)
+        self.batch_size, self.loss_every = settings.batch_size, settings.loss_every
+        self.warmup = settings.warmup
+        self.steps_per_epoch = len(images) // self.batch_size
+        trained = [*model.parameters(), *criterion.parameters()]
+        self.optimizer = torch.optim.Adam(
+            [parameter for parameter in trained if parameter.requires_grad],
+            lr=settings.learning_rate,
+            fused=True,
+        )
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self.one_cycle)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
+        self.order = torch.Generator().manual_seed(settings.seed)  # of the images
+        self.rows = []  # of metrics.csv, one an epoch
+
+    def one_cycle(self, step):
+        """Share of the peak learning rate at a step: linear warm-up, cosine to zero.
+
+        After Smith & Topin 2017, arXiv:1708.07120.
+        """
+        total = self.epochs * self.steps_per_epoch
+        warmup = max(1, round(self.warmup * total))
+        if step < warmup:
+            return (step + 1) / warmup
+        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+    def train_step(self, index):
+        """One step on the images of these indices. Returns the loss and its terms, detached."""
+        images = to_float(self.images[index])
+        targets = [target[index] for target in self.targets]
+        with autocast(self.device, self.precision):
+            mu, logvar = self.model.encode(images)
+            mu, logvar = mu.float(), logvar.float()
+            logits = self.model.decode_logits(self.model.reparameterize(mu, logvar)).float()
+            total, terms = self.criterion(images, logits, mu, logvar, *targets)
+        self.optimizer.zero_grad()
+        self.scaler.scale(total).backward()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.scheduler.step()
+        return {"loss": total.detach()} | terms
+
+    def train_epoch(self, bar):
+        """One pass over the images. Returns the mean loss and terms."""
+        self.model.train()
+        steps = shuffled_batches(len(self.images), self.batch_size, self.order).to(self.device)
+        sums = 0
+        for step, index in enumerate(steps, 1):
+            found = self.train_step(index)
+            sums = sums + torch.stack(list(found.values()))
+            if step % self.loss_every == 0 or step == len(steps):
+                loss = sums[0].item() / step
+                self.stop_unless_finite("loss", loss)
+                epoch = f"{len(self.rows) + 1}/{self.epochs}"
+                bar.set_postfix(epoch=epoch, loss=f"{loss:.5f}", refresh=False)
+            bar.update()
+        return dict(zip(found, (sums / len(steps)).tolist()))
+
+    def stop_unless_finite(self, what, value):
+        """Raise InputError before a state that is lost replaces the last good one."""
+        if not math.isfinite(value):
+            raise InputError(
+                f"the {what} of the {self.name} became {value} in epoch {len(self.rows) + 1}; the "
+                "epochs before it are saved: go on from them with --resume --precision fp32, or "
+                "start anew with --overwrite and a lower --learning-rate"
+            )
+
+    def validate(self):
+        """The validation columns of a row, and the effective rank of the projection, if any."""
+        found = evaluate_vae(self.model, self.val_images, self.precision)
+        for what in ("mse", "kl_nats"):
+            self.stop_unless_finite(f"validation {what}", found[what])
+        found["val_mse"], found["val_psnr"] = found.pop("mse"), found.pop("psnr")
+        rank = None
+        if self.val_teacher_mu is not None:
+            with torch.no_grad():
+                projected = self.criterion.projection(self.val_teacher_mu)
+            found["projected_std"] = projected.std(0, correction=0).mean().item()
+            rank = effective_rank(projected)
+        return found, rank
+
+    def run(self):
+        """Train from where the stage stands to its last epoch; yield after every epoch.
+
+        Raises InputError if a loss or a validation figure is no longer a number.
+        """
+        bar = progress_bar(
+            total=self.epochs * self.steps_per_epoch,
+            initial=len(self.rows) * self.steps_per_epoch,
+            desc=self.name,
+            unit="step",
+        )
+        with bar:
+            while len(self.rows) < self.epochs:
+                start = time.perf_counter()
+                row = {"stage": self.name, "epoch": len(self.rows) + 1} | self.train_epoch(bar)
+                found, rank = self.validate()
+                row |= found
+                row["learning_rate"] = self.scheduler.get_last_lr()[0]
+                row["seconds"] = round(time.perf_counter() - start, 2)
+                self.rows.append(row)
+                bar.write(self.epoch_line(row, rank))
+                yield
+
+    def epoch_line(self, row, rank):
+        terms = "  ".join(f"{term} {row[term]:.5f}" for term in TERMS if term in row)
+        line = (
+            f"{self.name} {row['epoch']:3d}/{self.epochs} | loss {row['loss']:.5f} | {terms} | "
+            f"val MSE {row['val_mse']:.5f}  PSNR {row['val_psnr']:.2f} dB | "
+            f"KL {row['kl_nats']:.1f} nats, {row['kl_per_latent']:.3f} a latent, "
+            f"{row['active_dims']} of {self.model.latent_dim} active"
+        )
+        if rank is not None:
+            line += f" | projected std {row['projected_std']:.3f}, rank {rank:.1f}"
+        return line + f" | {row['seconds']:.0f} s"
+
+    def state(self):
+        """Everything that going on needs, as plain data."""
+        random = {"cpu": torch.get_rng_state(), "order": self.order.get_state()}
+        if self.device.type in ("cuda", "mps"):
+            random[self.device.type] = getattr(torch, self.device.type).get_rng_state()
+        return {
+            "stage": self.name,
+            "architecture": self.model.architecture,
+            "epoch": len(self.rows),
+            "model": self.model.state_dict(),
+            "projection": trained_state(self.criterion),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "random": random,
+            "rows": self.rows,
+        }
+
+    def load_state(self, state):
+        """Take up what `state` returned; raises KeyError or RuntimeError where it does not fit."""
+        self.model.load_state_dict(state["model"])
+        self.criterion.load_state_dict(self.criterion.state_dict() | state["projection"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.scaler.load_state_dict(state["scaler"])
+        torch.set_rng_state(state["random"]["cpu"])
+        self.order.set_state(state["random"]["order"])
+        if self.device.type in state["random"] and self.device.type != "cpu":
+            getattr(torch, self.device.type).set_rng_state(state["random"][self.device.type])
+        self.rows = state["rows"]
+
+
+def trained_state(criterion):
+    """A criterion's state dict without VGG16, which is frozen and comes from elsewhere."""
+    return {k: v for k, v in criterion.state_dict().items() if not k.startswith("perceptual.")}
+
+
+@torch.no_grad()
+def teacher_outputs(teacher, images, precision):
+    """The teacher's mu (float32) of fixed images, and its logits (float16), decoded from mu."""
+    mus, logits = [], []
+    chunks = images.split(EVALUATION_BATCH)
+    for chunk in progress_bar(chunks, desc="teacher's outputs", unit="batch", leave=False):
+        with autocast(images.device, precision):
+            mu, _ = teacher.encode(to_float(chunk))
+            logits.append(teacher.decode_logits(mu).half())
+        mus.append(mu.float())
+    return torch.cat(mus), torch.cat(logits)
