@@ -1,6 +1,6 @@
 """The PNGs: reconstructions, interpolations, training curves.
 
-Pixels are drawn as they are, without smoothing, each image with its error beside it.
+Pixels are drawn as they are, without smoothing.
 """
 
 import io
@@ -38,7 +38,9 @@ def draw_reconstructions(path, images, models, title):
     last = rows[list(models)[-1]]
     rows[f"error ×{ERROR_GAIN}"] = ((last - originals).abs() * ERROR_GAIN).clamp(0, 1)
 
-    figure, axes = image_grid(len(rows), len(originals), title)
+    figure, axes = image_grid(
+        len(rows), len(originals), f"{title} (numbers: MSE of the image, pixels in [0, 1])"
+    )
     for row, (name, batch) in enumerate(rows.items()):
         label_row(axes[row][0], name)
         for column, image in enumerate(batch):
@@ -46,7 +48,6 @@ def draw_reconstructions(path, images, models, title):
             if name in models:
                 mse = (image - originals[column]).square().mean().item()
                 axes[row][column].set_xlabel(f"{mse:.4f}", fontsize=7, labelpad=1)
-    figure.text(0.99, 0.005, "below each image: its MSE, pixels in [0, 1]", fontsize=7, ha="right")
     save_figure(figure, path)
 
 
