@@ -129,8 +129,10 @@ def fit_pca(images, components):
         products = products + pixels.T @ pixels
     mean = total / len(images)
     covariance = products / len(images) - torch.outer(mean, mean)
-    _, directions = torch.linalg.eigh(covariance.cpu())  # ascending
-    return PCA(mean, directions[:, -components:].flip(1).T.contiguous().to(images.device))
+    # In double: some builds of PyTorch cannot do a matrix of this size in single precision.
+    _, directions = torch.linalg.eigh(covariance.cpu().double())  # ascending
+    leading = directions[:, -components:].flip(1).T.float().contiguous()
+    return PCA(mean, leading.to(images.device))
 
 
 # --- Speed ---

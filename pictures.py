@@ -118,11 +118,13 @@ def draw_curves(path, rows, title):
         ax.set_title(name, fontsize=9)
         ax.set_xlabel("epoch of its stage", fontsize=8)
         ax.tick_params(labelsize=8)
+        ax.xaxis.get_major_locator().set_params(integer=True)
         ax.grid(alpha=0.3)
         if ax.lines:
             ax.legend(fontsize=8)
     for ax in axes[:3]:
         ax.set_yscale("log")
+        ax.tick_params(which="both", labelsize=8)
     save_figure(figure, path)
 
 
