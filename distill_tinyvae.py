@@ -91,7 +91,7 @@ DEMO_SETTINGS = {
     "data": "dead-leaves",
     "vgg": "random",
     "limit": 1000,
-    "teacher_epochs": 4,
+    "teacher_epochs": 3,
     "epochs": 5,
     "batch_size": 16,
     "learning_rate": 2e-3,

@@ -1,4 +1,4 @@
-"""The test suite: `pytest`. Generated images, no network, no GPU; about 2 minutes on 2 cores.
+"""The test suite: `pytest`. Generated images, no network, no GPU; under 3 minutes on 2 cores.
 
 The real scripts run here with tiny budgets, in this process where that shows the same, and as
 subprocesses where it matters: killed, interrupted, without a network, out of disk space.
@@ -884,7 +884,10 @@ def test_what_cannot_work_is_refused_before_training(tmp_path, monkeypatch):
     ("flags", "named"),
     [
         (("--data", "cifar10", "--vgg", "none"), ("CIFAR-10", "--data", "--demo")),
-        (("--data", "dead-leaves"), ("ImageNet", "--vgg PATH", "--vgg none", "--demo")),
+        (
+            ("--data", "dead-leaves", "--limit", "64"),
+            ("ImageNet", "--vgg PATH", "--vgg none", "--demo"),
+        ),
     ],
 )
 def test_without_network_the_real_recipe_stops_at_once(tmp_path, flags, named):
