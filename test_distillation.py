@@ -691,8 +691,11 @@ def test_training_moves_student_and_projection(tiny_run):
     early = weights_of(run, "tinyvae_epoch_002.pth")
     late = weights_of(run)
     assert (early["fc_mu.weight"] - late["fc_mu.weight"]).abs().max() > 0
-    rotation = next(value for key, value in late.items() if "rotation" in key)
-    assert (rotation - torch.eye(*rotation.shape)).abs().max() > 1e-4
+    projection = losses.LatentProjection(random_normal(200, 512))
+    assert torch.equal(projection.rotation.weight, torch.eye(64, 128))  # where it starts
+    saved = storage.load_checkpoint(run / "checkpoints" / "tinyvae_last.pth")["projection"]
+    projection.load_state_dict({k.removeprefix("projection."): v for k, v in saved.items()})
+    assert (projection.rotation.weight - torch.eye(64, 128)).abs().max() > 1e-4
 
 
 def contents(run):
