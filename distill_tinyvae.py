@@ -224,9 +224,7 @@ def train_teacher(job):
         torch.manual_seed(job.settings.seed)
         teacher = StandardVAE()
         criterion = VAELoss(job.settings.teacher_kl_weight)
-        stage = Stage(
-            "teacher", teacher, criterion, job.images, [], job.settings.teacher_epochs, job
-        )
+        stage = Stage("teacher", teacher, criterion, [], job.settings.teacher_epochs, job)
         job.resume(stage, "teacher_last.pth")
         save_teacher(stage, job)  # before the work: a disk that is too full for it shows now
         for _ in stage.run():
@@ -259,7 +257,7 @@ def distil_student(job, teacher, teacher_rows, vgg):
     criterion = DistillationLoss(job.weights, settings.temperature, projection, perceptual)
     targets = [teacher_logits, teacher_mu]
     stage = Stage(
-        "student", student, criterion, job.images, targets, settings.epochs, job, val_teacher_mu
+        "student", student, criterion, targets, settings.epochs, job, val_teacher_mu
     )
     job.resume(stage, "tinyvae_last.pth")
     save_student(stage, job, teacher, teacher_rows)

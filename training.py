@@ -22,27 +22,25 @@ class Stage:
         model: the VAE to train.
         criterion: (images, logits, mu, logvar, *targets) → (total, terms). Parameters of its own,
             such as the projection's, are trained with the model's.
-        images: uint8 training images, on the device.
-        targets: tensors with a row for each image, handed to the criterion.
+        targets: tensors with a row for each training image, handed to the criterion.
         epochs: how many this stage has in all.
-        job: has `settings`, `precision` and `val_images`, the held-out images.
+        job: has `settings`, `precision`, and the uint8 images on the device: `images` to train
+            on, `val_images` held out.
         val_teacher_mu: the teacher's mu of the held-out images, to watch the projection on.
     """
 
-    def __init__(
-        self, name, model, criterion, images, targets, epochs, job, val_teacher_mu=None
-    ):
+    def __init__(self, name, model, criterion, targets, epochs, job, val_teacher_mu=None):
         settings = job.settings
         self.name, self.epochs, self.precision = name, epochs, job.precision
-        self.device = images.device
-        self.images, self.targets = images, targets
+        self.device = job.images.device
+        self.images, self.targets = job.images, targets
         self.val_images, self.val_teacher_mu = job.val_images, val_teacher_mu
         self.model = model.to(self.device, memory_format=torch.channels_last)
         self.model.check_range = False  # to_float makes the images; looking would stall a GPU
         self.criterion = criterion.to(self.device)
         self.batch_size, self.loss_every = settings.batch_size, settings.loss_every
         self.warmup = settings.warmup
-        self.steps_per_epoch = len(images) // self.batch_size
+        self.steps_per_epoch = len(self.images) // self.batch_size
         trained = [*model.parameters(), *criterion.parameters()]
         self.optimizer = torch.optim.Adam(
             [parameter for parameter in trained if parameter.requires_grad],
