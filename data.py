@@ -8,7 +8,7 @@ Three sources:
     dead-leaves    generated, needs no network: overlapping discs (Lee, Mumford & Huang 2001)
 
 A tenth of the training images is held out for validation, always the same tenth. The test split
-is read by `load_test_images` alone.
+is read by `load_test_images` alone. Training never sees a label; evaluation uses those there are.
 """
 
 import hashlib
@@ -35,10 +35,20 @@ MARGIN = 8.0  # pixels around the image in which discs may be centred
 SUPERSAMPLING = 2  # samples per pixel side, for smooth edges
 
 
+class Split(NamedTuple):
+    images: torch.Tensor         # uint8, N×3×32×32
+    labels: torch.Tensor | None  # class of each image, N, or None where images have no classes
+
+    def to(self, device):
+        return Split(*(None if x is None else x.to(device) for x in self))
+
+
 class TrainingImages(NamedTuple):
-    train: torch.Tensor  # uint8, N×3×32×32
-    val: torch.Tensor    # uint8, M×3×32×32, held out of the training images
-    record: dict         # where they come from, how many, and a fingerprint of the pixels
+    train: torch.Tensor         # uint8, N×3×32×32
+    val: torch.Tensor           # uint8, M×3×32×32, held out of the training images
+    record: dict                # where they come from, how many, and a fingerprint of the pixels
+    labels: torch.Tensor | None      # of `train`
+    val_labels: torch.Tensor | None  # of `val`
 
 
 def load_training_images(source, limit=0):
@@ -56,16 +66,18 @@ def load_training_images(source, limit=0):
             train_count, val_count = min(limit, train_count), min(limit, val_count)
         train = dead_leaves(train_count, SPLIT_SEED, "train")
         val = dead_leaves(val_count, SPLIT_SEED, "val")
+        labels = val_labels = None
     else:
-        images = load_split(source, "train")
+        images, labels = load_split(source, "train")
         if len(images) < 4:
             raise InputError(f"{source} has {len(images)} training images: at least 4 are needed")
         # Folders come sorted by class, so the order is shuffled before anything is cut from it.
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(SPLIT_SEED))
         held_out = max(2, len(images) // 10)
-        val, train = images[order[:held_out]], images[order[held_out:]]
-        if limit:
-            train, val = train[:limit], val[:limit]
+        kept = order[held_out:][: limit or None]
+        held_out = order[:held_out][: limit or None]
+        train, val = images[kept], images[held_out]
+        labels, val_labels = (None if labels is None else labels[i] for i in (kept, held_out))
     fingerprint = hashlib.sha256(train.numpy().tobytes() + val.numpy().tobytes()).hexdigest()[:16]
     record = {
         "data": source,
@@ -73,22 +85,22 @@ def load_training_images(source, limit=0):
         "val_images": len(val),
         "pixels_sha256": fingerprint,
     }
-    return TrainingImages(train, val, record)
+    return TrainingImages(train, val, record, labels, val_labels)
 
 
 def load_test_images(source, limit=0):
-    """The test images of a source, uint8, N×3×32×32: for final figures only.
+    """The test split of a source: for final figures only.
 
     Args and errors are those of `load_training_images`; a limit shortens dead leaves alone, since
     figures on a part of a real test split compare with nothing.
     """
     if source == "dead-leaves":
         count = DEAD_LEAVES_IMAGES["test"]
-        return dead_leaves(min(limit, count) if limit else count, SPLIT_SEED, "test")
-    images = load_split(source, "test")
-    if len(images) < 2:
-        raise InputError(f"{source} has {len(images)} test image: at least 2 are needed")
-    return images
+        return Split(dead_leaves(min(limit, count) if limit else count, SPLIT_SEED, "test"), None)
+    split = load_split(source, "test")
+    if len(split.images) < 2:
+        raise InputError(f"{source} has {len(split.images)} test image: at least 2 are needed")
+    return split
 
 
 def load_split(source, split):
@@ -102,7 +114,7 @@ def load_split(source, split):
         )
     if (folder / "cifar-10-batches-py").is_dir():
         return load_cifar10(folder, split, download=False)
-    return load_folder(folder / split)
+    return load_folder(folder, split)
 
 
 # --- CIFAR-10 ---
@@ -124,15 +136,18 @@ def load_cifar10(root, split, download):
             "cifar-10-python.tar.gz there, name a folder of images with --data PATH, "
             "or use generated images with --data dead-leaves or --demo"
         ) from error
-    return torch.from_numpy(dataset.data).permute(0, 3, 1, 2).contiguous()
+    images = torch.from_numpy(dataset.data).permute(0, 3, 1, 2).contiguous()
+    return Split(images, torch.tensor(dataset.targets))
 
 
 # --- A folder of images ---
 
 
-def load_folder(folder):
-    """All images below a folder, in the order of their paths. Decoded once, then cached."""
+def load_folder(root, split):
+    """All images below root/split, in the order of their paths. Decoded once, then cached."""
+    folder = root / split
     paths = list_images(folder)
+    labels = class_labels([path.relative_to(folder) for path in paths], root / "train")
     contents = hashlib.sha256()  # changes when an image is added, removed or rewritten
     for path in paths:
         stat = path.stat()
@@ -145,7 +160,7 @@ def load_folder(folder):
         try:
             cached = load_checkpoint(cache)
             if cached["contents"] == contents:
-                return cached["images"]
+                return Split(cached["images"], labels)
             print(f"{folder} has changed since it was cached: decoding it again.")
         except (InputError, KeyError):
             print(f"The cache {cache} is damaged: decoding {folder} again.")
@@ -155,7 +170,17 @@ def load_folder(folder):
         print(f"Decoded images cached in {cache}")
     except InputError as error:
         print(f"Not cached, so the next run decodes {folder} again: {error}")
-    return images
+    return Split(images, labels)
+
+
+def class_labels(paths, train_folder):
+    """Index of each image's class folder among those of the training images, or None if some image
+    lies in no class folder, or in one that has no training images."""
+    names = sorted(path.name for path in train_folder.iterdir() if path.is_dir())
+    classes = [path.parts[0] for path in paths if len(path.parts) > 1]
+    if len(classes) < len(paths) or not set(classes) <= set(names):
+        return None
+    return torch.tensor([names.index(name) for name in classes])
 
 
 def list_images(folder):

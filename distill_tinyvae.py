@@ -17,6 +17,7 @@ without it. Afterwards, `python test_trained_model.py` gives the figures on the 
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -243,22 +244,35 @@ def save_teacher(stage, job):
     job.write_table(stage.rows)
 
 
+class Targets(NamedTuple):
+    """What the teacher says of images that never change: one pass serves every epoch."""
+
+    mu: torch.Tensor      # of the training images, N×512, float32
+    logits: torch.Tensor  # decoded from that mu, N×3×32×32, float16
+    val_mu: torch.Tensor  # of the held-out images, M×512
+
+
+def ask_teacher(job, teacher):
+    mu, logits = teacher_outputs(teacher, job.images, job.precision)
+    val_mu, _ = teacher_outputs(teacher, job.val_images, job.precision)
+    return Targets(mu, logits, val_mu)
+
+
+def student_stage(job, targets, vgg, make_projection=LatentProjection):
+    """Stage 2 before its first step: a new student with its criterion and optimiser."""
+    torch.manual_seed(job.settings.seed)
+    student = TinyVAE32()
+    projection = make_projection(targets.mu, student.latent_dim)
+    perceptual = PerceptualLoss(vgg).to(memory_format=torch.channels_last) if vgg else None
+    criterion = DistillationLoss(job.weights, job.settings.temperature, projection, perceptual)
+    fixed = [targets.logits, targets.mu]
+    val_mu = targets.val_mu if job.weights["latent"] else None  # to watch the projection on
+    return Stage("student", student, criterion, fixed, job.settings.epochs, job, val_mu)
+
+
 def distil_student(job, teacher, teacher_rows, vgg):
     """Stage 2. Returns the student of the best epoch and the rows of both stages."""
-    settings = job.settings
-    # The teacher and the images are fixed, so its outputs are too: one pass for all epochs.
-    teacher_mu, teacher_logits = teacher_outputs(teacher, job.images, job.precision)
-    val_teacher_mu, _ = teacher_outputs(teacher, job.val_images, job.precision)
-
-    torch.manual_seed(settings.seed)
-    student = TinyVAE32()
-    projection = LatentProjection(teacher_mu, student.latent_dim)
-    perceptual = PerceptualLoss(vgg).to(memory_format=torch.channels_last) if vgg else None
-    criterion = DistillationLoss(job.weights, settings.temperature, projection, perceptual)
-    targets = [teacher_logits, teacher_mu]
-    stage = Stage(
-        "student", student, criterion, targets, settings.epochs, job, val_teacher_mu
-    )
+    stage = student_stage(job, ask_teacher(job, teacher), vgg)
     job.resume(stage, "tinyvae_last.pth")
     save_student(stage, job, teacher, teacher_rows)
     for _ in stage.run():
@@ -398,9 +412,7 @@ def distil(settings):
             f"{len(images.train)} training images do not fill one batch of "
             f"{settings.batch_size}: lower --batch-size or add images"
         )
-    vgg, vgg_record = None, {"vgg_weights": "none: no perceptual term", "vgg_sha256": ""}
-    if settings.vgg != "none":
-        vgg, vgg_record = load_vgg16(settings.vgg, settings.seed)
+    vgg, vgg_record = load_vgg16(settings.vgg, settings.seed)
     check_writable(settings.checkpoint_dir)
     check_writable(settings.output_dir)
 

@@ -173,6 +173,17 @@ class PerceptualLoss(nn.Module):
                 found.append(F.normalize(x.float(), dim=1, eps=1e-6))
         return found
 
+    def distance(self, reconstruction, images):
+        """Distance of each pair of images in [0, 1], N numbers: the mean over layers and positions
+        of the squared distance of unit features: 0 for equal images, at most 2."""
+        with torch.no_grad():
+            targets = self.unit_features(images)
+        layers = [
+            (a - b).square().sum(1).mean((1, 2))
+            for a, b in zip(self.unit_features(reconstruction), targets)
+        ]
+        return torch.stack(layers).mean(0)
+
     def forward(self, reconstruction, images):
         with torch.no_grad():
             targets = self.unit_features(images)
@@ -184,13 +195,15 @@ def load_vgg16(source, seed=0):
     """VGG16 through relu3_3, and a record of its weights: `vgg_weights`, `vgg_sha256`.
 
     Args:
-        source: `imagenet` (torchvision's, downloaded once, 528 MB), `random` (untrained), or the
+        source: `imagenet` (torchvision's, downloaded once, 528 MB), `random` (untrained), the
             path of a state dict with torchvision's keys, `features.0.weight` to
-            `features.14.bias` at least.
+            `features.14.bias` at least, or `none`, which returns None for the network.
         seed: of the random weights.
 
     Raises InputError where the weights cannot be had or do not fit. Never falls back to others.
     """
+    if source == "none":
+        return None, {"vgg_weights": "none", "vgg_sha256": ""}
     models = import_torchvision().models
     with torch.device("meta"):  # no memory and no initialisation for the 134 M other parameters
         features = models.vgg16().features[: max(VGG_LAYERS.values()) + 1]

@@ -1,4 +1,5 @@
-"""How good a reconstruction is, what a code carries, how fast a model runs, and the PCA floor.
+"""How good a reconstruction is, what a code carries and resembles, how fast a model runs, and the
+floors: PCA, and the rate–distortion bound of a Gaussian source.
 
 Everything takes images as uint8, N×3×32×32, compares pixels in [0, 1], and decodes from mu.
 """
@@ -96,6 +97,26 @@ def evaluate_vae(vae, images, precision="fp32", with_ssim=False):
     }
 
 
+@torch.no_grad()
+def sampled_mse(vae, images, precision="fp32"):
+    """Mean squared error of reconstructions from a sample of q(z|x), not from its mean.
+
+    What the rate pays for: the bits-back code of total KL nats (Hinton & van Camp 1993) carries a
+    sample. Leaves the random state as it was.
+    """
+    vae.eval()
+
+    def reconstruct(batch):
+        with autocast(batch.device, precision):
+            mu, logvar = vae.encode(batch)
+            return vae.decode(vae.reparameterize(mu.float(), logvar.float())).float()
+
+    devices = [images.device] if images.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(0)
+        return evaluate_images(reconstruct, images)["mse"]
+
+
 def effective_rank(codes):
     """exp of the entropy of the normalised singular values (Roy & Vetterli 2007) of N×D codes.
 
@@ -106,12 +127,139 @@ def effective_rank(codes):
     return torch.exp(-torch.xlogy(share, share).sum()).item()
 
 
-# --- PCA, the floor ---
+@torch.no_grad()
+def encode_means(vae, images, precision="fp32"):
+    """mu of images, N×latent_dim. Leaves the model in evaluation mode."""
+    vae.eval()
+    means = []
+    for chunk in images.split(EVALUATION_BATCH):
+        with autocast(images.device, precision):
+            means.append(vae.encode(to_float(chunk))[0].float())
+    return torch.cat(means)
+
+
+def evaluate_code(vae, exam, train, teacher_mu=None):
+    """What mu is worth beyond reconstruction, in fp32.
+
+    Args:
+        vae: the model.
+        exam: Split to measure on.
+        train: Split whose codes the classifiers learn from.
+        teacher_mu: the teacher's mu of the exam's images, if there is a teacher.
+
+    Returns cka, where there is a teacher, and knn_accuracy and probe_accuracy, where both splits
+    have labels.
+    """
+    mu = encode_means(vae, exam.images)
+    found = {} if teacher_mu is None else {"cka": linear_cka(mu, teacher_mu)}
+    if exam.labels is not None and train.labels is not None:
+        known = encode_means(vae, train.images), train.labels
+        found["knn_accuracy"] = nearest_neighbour_accuracy(*known, mu, exam.labels)
+        found["probe_accuracy"] = linear_probe_accuracy(*known, mu, exam.labels)
+    return found
+
+
+def linear_cka(codes, others):
+    """Linear centred kernel alignment of two codes of the same images, N×D and N×E: 0 to 1.
+
+    Kornblith et al. 2019, arXiv:1905.00414. 1 where one code is a rotation and scaling of the
+    other; 0 where no direction of one is correlated with any of the other.
+    """
+    x, y = (code - code.mean(0) for code in (codes.double(), others.double()))
+    return ((x.T @ y).norm().square() / ((x.T @ x).norm() * (y.T @ y).norm())).item()
+
+
+def nearest_neighbour_accuracy(codes, labels, test_codes, test_labels, neighbours=5):
+    """Share of test images whose class is the commonest of their nearest training codes'.
+
+    Euclidean distance; a tie goes to the class whose nearest member is nearest.
+    """
+    # A vote is worth 1 and a little more the nearer it is, which decides ties and nothing else.
+    votes = 1 + 0.1 * 0.5 ** torch.arange(neighbours, device=codes.device)
+    classes = int(labels.max()) + 1
+    correct = 0
+    for queries, truth in zip(
+        test_codes.split(EVALUATION_BATCH), test_labels.split(EVALUATION_BATCH)
+    ):
+        nearest = torch.cdist(queries, codes).topk(neighbours, largest=False).indices
+        tally = torch.zeros(len(queries), classes, device=codes.device)
+        tally.scatter_add_(1, labels[nearest], votes.expand(len(queries), -1))
+        correct += (tally.argmax(1) == truth).sum().item()
+    return correct / len(test_labels)
+
+
+def linear_probe_accuracy(codes, labels, test_codes, test_labels):
+    """Test accuracy of a linear classifier of codes: softmax regression, fitted to convergence.
+
+    Codes are standardised; a slight L2 penalty (1e-4) keeps the optimum finite.
+    """
+    mean, std = codes.mean(0), codes.std(0) + 1e-6
+    codes, test_codes = (codes - mean) / std, (test_codes - mean) / std
+    probe = torch.nn.Linear(codes.shape[1], int(labels.max()) + 1).to(codes.device)
+    torch.nn.init.zeros_(probe.weight)
+    torch.nn.init.zeros_(probe.bias)
+    optimizer = torch.optim.LBFGS(probe.parameters(), max_iter=200, line_search_fn="strong_wolfe")
+
+    def loss():
+        optimizer.zero_grad()
+        value = F.cross_entropy(probe(codes), labels) + 1e-4 * probe.weight.square().sum()
+        value.backward()
+        return value
+
+    with torch.enable_grad():
+        optimizer.step(loss)
+    with torch.no_grad():
+        return (probe(test_codes).argmax(1) == test_labels).double().mean().item()
+
+
+# --- Perception, as VGG16 has it ---
+
+
+@torch.no_grad()
+def perceptual_distance(vae, images, judge, precision="fp32"):
+    """Mean distance of images from their reconstructions in the features of `judge`.
+
+    `judge` is a PerceptualLoss whose VGG16 took no part in training the model: what a model was
+    trained to please cannot judge it.
+    """
+    vae.eval()
+    total = 0
+    for chunk in images.split(EVALUATION_BATCH):
+        batch = to_float(chunk)
+        with autocast(batch.device, precision):
+            reconstruction = vae.decode(vae.encode(batch)[0])
+        total += judge.distance(reconstruction.float(), batch).sum().item()
+    return total / len(images)
+
+
+@torch.no_grad()
+def interpolation_unevenness(vae, images, judge, steps=8):
+    """How unevenly straight lines in latent space change what is seen: 0 for perfectly even.
+
+    Consecutive pairs of images; the line between their mu is decoded at steps + 1 points, and the
+    perceptual distance of each point to the next measured. The standard deviation of these
+    distances over their mean, averaged over the pairs.
+    """
+    vae.eval()
+    found = []
+    for chunk in images[: len(images) // 2 * 2].split(100):
+        mu, _ = vae.encode(to_float(chunk))
+        weights = torch.linspace(0, 1, steps + 1, device=mu.device)[:, None, None]
+        points = torch.lerp(mu[0::2], mu[1::2], weights)                       # points×pairs×D
+        decoded = vae.decode(points.flatten(0, 1)).unflatten(0, points.shape[:2])
+        lengths = judge.distance(decoded[1:].flatten(0, 1), decoded[:-1].flatten(0, 1))
+        lengths = lengths.unflatten(0, (steps, -1)).sqrt()
+        found.append(lengths.std(0) / lengths.mean(0))
+    return torch.cat(found).mean().item()
+
+
+# --- The floors ---
 
 
 class PCA(NamedTuple):
     mean: torch.Tensor        # 3072
     components: torch.Tensor  # K×3072, orthonormal rows
+    variances: torch.Tensor   # of all 3,072 components, descending
 
     def reconstruct(self, images):
         """Images in [0, 1] → their reconstruction from K numbers, clamped to [0, 1]."""
@@ -130,9 +278,38 @@ def fit_pca(images, components):
     mean = total / len(images)
     covariance = products / len(images) - torch.outer(mean, mean)
     # In double: some builds of PyTorch cannot do a matrix of this size in single precision.
-    _, directions = torch.linalg.eigh(covariance.cpu().double())  # ascending
+    variances, directions = torch.linalg.eigh(covariance.cpu().double())  # ascending
     leading = directions[:, -components:].flip(1).T.float().contiguous()
-    return PCA(mean, leading.to(images.device))
+    return PCA(mean, leading.to(images.device), variances.flip(0).clamp_min(0))
+
+
+def gaussian_bound(variances, components, distortions):
+    """The lowest rate, in nats, at which a Gaussian source can be coded with these errors.
+
+    Reverse water-filling (Cover & Thomas, Elements of Information Theory, theorem 10.3.3) over
+    the leading principal components; the others are lost. A code of a non-Gaussian source can do
+    better, and so does one judged by the reconstruction of its mean, which its noise never meets.
+
+    Args:
+        variances: of all principal components, descending, in [0, 1] pixels.
+        components: how many of them are coded.
+        distortions: mean squared errors per pixel value, a sequence.
+
+    Returns (distortion, rate) for each distortion that can be reached.
+    """
+    kept, lost = variances[:components].double(), variances[components:].sum().item()
+    found = []
+    for distortion in distortions:
+        spare = distortion * len(variances) - lost
+        if not 0 < spare <= kept.sum().item():
+            continue
+        low, high = 0.0, kept[0].item()
+        for _ in range(60):  # bisection for the water level
+            level = (low + high) / 2
+            low, high = (level, high) if kept.clamp_max(level).sum() < spare else (low, level)
+        rate = 0.5 * torch.log(kept / level).clamp_min(0).sum().item()
+        found.append((distortion, rate))
+    return found
 
 
 # --- Speed ---

@@ -1,6 +1,7 @@
 """From a checkpoint to the model it describes, and how large a model is."""
 
 import io
+from pathlib import Path
 
 import torch
 
@@ -37,6 +38,11 @@ def load_model(path, expected):
         reason = str(error).splitlines()[0]
         raise InputError(f"the weights in {path} do not fit its architecture: {reason}") from error
     return model.eval(), checkpoint
+
+
+def find_checkpoint(name, folder):
+    """A name is a file in the checkpoint folder, or else a path."""
+    return folder / name if (folder / name).exists() or not Path(name).exists() else Path(name)
 
 
 def weight_bytes(model):

@@ -1,4 +1,4 @@
-"""The PNGs: reconstructions, interpolations, training curves.
+"""The PNGs: reconstructions, interpolations, samples, latent traversals, training curves.
 
 Pixels are drawn as they are, without smoothing.
 """
@@ -9,11 +9,15 @@ import torch
 from matplotlib.figure import Figure
 
 from data import to_float
+from losses import kl_divergence
 from storage import write_bytes
 
 COLUMNS = 10  # images in the reconstruction picture
 PAIRS = 4  # pairs in the interpolation picture
-STEPS = 9  # images from one end of an interpolation to the other, ends included
+STEPS = 9  # images from one end of an interpolation or traversal to the other, ends included
+SAMPLE_ROWS = 2  # rows of prior samples for each model
+TRAVERSED = 8  # latents in the traversal picture
+REACH = 3.0  # standard deviations of the prior to which a traversal goes, either way
 ERROR_GAIN = 4  # errors are small: drawn this many times larger
 
 
@@ -79,6 +83,53 @@ def draw_interpolations(path, images, models, title):
     save_figure(figure, path)
 
 
+@torch.no_grad()
+def draw_samples(path, models, title):
+    """Images decoded from the prior, z ~ N(0, I); the same z each time.
+
+    Args are those of `draw_reconstructions`.
+    """
+    figure, axes = image_grid(SAMPLE_ROWS * len(models), COLUMNS, title)
+    row = 0
+    for name, model in models.items():
+        generator = torch.Generator().manual_seed(0)
+        z = torch.randn(SAMPLE_ROWS * COLUMNS, model.latent_dim, generator=generator)
+        images = model.decode(z.to(next(model.parameters()).device))
+        for some in images.split(COLUMNS):
+            label_row(axes[row][0], name)
+            for ax, image in zip(axes[row], some):
+                show(ax, image)
+            row += 1
+    save_figure(figure, path)
+
+
+@torch.no_grad()
+def draw_traversal(path, images, model, title):
+    """What single latents do: a row for each of the latents that carry most nats, the others held.
+
+    Args:
+        path: the PNG to write.
+        images: uint8 images; the rates are averaged over these, and the middle one is changed.
+        model: a VAE in evaluation mode, on the images' device.
+        title: what the picture shows.
+    """
+    mu, logvar = model.encode(to_float(images[:1000]))
+    rates = kl_divergence(mu, logvar).mean(0)
+    start, _ = model.encode(to_float(images[len(images) // 2][None]))
+    chosen = rates.topk(min(TRAVERSED, model.latent_dim)).indices
+    values = torch.linspace(-REACH, REACH, STEPS, device=start.device)
+    figure, axes = image_grid(len(chosen), STEPS, title)
+    for row, latent in enumerate(chosen):
+        z = start.repeat(STEPS, 1)
+        z[:, latent] = values
+        label_row(axes[row][0], f"z{latent.item()}\n{rates[latent]:.1f} nats")
+        for column, image in enumerate(model.decode(z)):
+            show(axes[row][column], image)
+            if row == 0:
+                axes[row][column].set_title(f"{values[column]:+.1f}", fontsize=8)
+    save_figure(figure, path)
+
+
 def draw_curves(path, rows, title):
     """Loss terms, validation error, rate and learning rate over the epochs of both stages.
 
@@ -125,6 +176,60 @@ def draw_curves(path, rows, title):
     for ax in axes[:3]:
         ax.set_yscale("log")
         ax.tick_params(which="both", labelsize=8)
+    save_figure(figure, path)
+
+
+def draw_rate_distortion(path, summary, floors, title):
+    """Rate against distortion, a labelled point for each variant with its spread over seeds.
+
+    Args:
+        path: the PNG to write.
+        summary: what `summarise` of ablate_distillation.py returns.
+        floors: `PCA`, the error of PCA with as many numbers as latents, and `bound`, points
+            (distortion, rate) of the Gaussian bound.
+        title: the budget in a few words.
+    """
+    panels = [("mse", "MSE from mu, pixels in [0, 1]"), ("perceptual", "perceptual distance")]
+    panels = [panel for panel in panels if any(panel[0] in found for found in summary)]
+    figure = Figure(figsize=(6.5 * len(panels), 6), layout="constrained")
+    figure.suptitle(title, fontsize=11)
+    for ax, (measure, name) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
+        shown = [found for found in summary if measure in found]
+        scratch = sorted(
+            (found["kl_nats"][0], found[measure][0])
+            for found in shown
+            if found["variant"] == "scratch"
+        )
+        if scratch:
+            ax.plot(*zip(*scratch), color="tab:grey", linewidth=1, label="scratch, other rates")
+        for i, found in enumerate(shown):
+            (rate, rate_spread), (value, spread) = found["kl_nats"], found[measure]
+            colour = "tab:grey" if found["variant"] == "scratch" else f"C{i % 10}"
+            ax.errorbar(rate, value, spread, rate_spread, fmt="o", markersize=4, color=colour)
+            ax.annotate(
+                found["variant"], (rate, value), xytext=(5, 4), textcoords="offset points",
+                fontsize=8, color=colour,
+            )
+        ax.set_xscale("log")
+        left, right = ax.get_xlim()
+        bottom, top = ax.get_ylim()
+        if measure == "mse":
+            ax.axhline(floors["PCA"], color="k", linewidth=0.8, linestyle=":", label="PCA, 64")
+            errors, rates = zip(*floors["bound"])
+            ax.plot(
+                rates, errors, color="k", linewidth=0.8, linestyle="--",
+                label="Gaussian bound, 64 components (from samples)",
+            )
+            ax.set_ylim(min(bottom, 0.97 * floors["PCA"]), top)
+        ax.set_xlim(left * 0.95, right * 1.15)
+        ax.xaxis.set_major_formatter("{x:g}")
+        ax.xaxis.set_minor_formatter("{x:g}")
+        ax.tick_params(which="both", labelsize=8)
+        ax.set_xlabel("rate: KL of an image, nats", fontsize=9)
+        ax.set_ylabel(name, fontsize=9)
+        ax.grid(alpha=0.3)
+        if ax.get_legend_handles_labels()[1]:
+            ax.legend(fontsize=8)
     save_figure(figure, path)
 
 

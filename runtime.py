@@ -74,6 +74,12 @@ CHECKS = {
     "teacher_kl_weight": NOT_NEGATIVE,
     "save_every": at_least(1),
     "loss_every": at_least(1),
+    "variants": NOT_EMPTY,
+    "seeds": at_least(1),
+    "split": one_of("val", "test"),
+    "judge": NOT_EMPTY,
+    "judged": at_least(0),
+    "rate_tolerance": POSITIVE,
     "pca_components": (lambda value: 1 <= value <= 3072, "must be between 1 and 3072"),
     "seed": (lambda value: 0 <= value < 2**32, "must be between 0 and 4294967295"),
     "device": one_of("auto", "cuda", "cpu", "mps"),
@@ -213,15 +219,14 @@ def progress_bar(iterable=None, **options):
 
 
 def print_table(rows):
-    """Print dictionaries as a table, a row each, under the first one's keys."""
+    """Print dictionaries as a Markdown table, a row each, under the first one's keys."""
     lines = [list(rows[0])] + [[str(value) for value in row.values()] for row in rows]
     widths = [max(map(len, column)) for column in zip(*lines)]
-    for i, line in enumerate(lines):
+    lines.insert(1, ["-" * widths[0]] + ["-" * (width - 1) + ":" for width in widths[1:]])
+    for line in lines:
         first, *rest = (cell.ljust(w) if j == 0 else cell.rjust(w)
                         for j, (cell, w) in enumerate(zip(line, widths)))
-        print("  ".join([first, *rest]).rstrip())
-        if i == 0:
-            print("  ".join("-" * width for width in widths))
+        print("|", " | ".join([first, *rest]), "|")
 
 
 def versions():

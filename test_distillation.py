@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+import ablate_distillation
 import data
 import distill_tinyvae
 import losses
@@ -37,7 +38,7 @@ from standard_vae import StandardVAE
 from tiny_vae_32 import TinyVAE32
 
 HERE = Path(__file__).resolve().parent
-SCRIPTS = (distill_tinyvae, test_trained_model)
+SCRIPTS = (distill_tinyvae, test_trained_model, ablate_distillation)
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 
 
@@ -301,13 +302,20 @@ def test_folder_is_read_with_and_without_classes(data_dir, classes):
     folder = data_dir / "photos"
     write_images(folder / "train" / ("cats" if classes else ""), 30)
     write_images(folder / "train" / ("dogs" if classes else ""), 30, first=30)
-    write_images(folder / "test" / ("cats" if classes else ""), 5, first=100)
+    write_images(folder / "test" / ("dogs" if classes else ""), 5, first=100)
     images = data.load_training_images(str(folder))
     numbers = [int(image[0, 0, 0]) for image in torch.cat([images.train, images.val])]
     assert sorted(numbers) == list(range(60))  # each once, so none is in both splits
     assert (len(images.train), len(images.val)) == (54, 6)
     assert numbers[:10] != sorted(numbers[:10])  # not one class after another
-    assert len(data.load_test_images(str(folder))) == 5
+    test = data.load_test_images(str(folder))
+    assert len(test.images) == 5
+    if classes:  # labels keep to their images: numbers below 30 are cats
+        both = torch.cat([images.labels, images.val_labels])
+        assert both.tolist() == [int(number >= 30) for number in numbers]
+        assert test.labels.tolist() == [1] * 5
+    else:
+        assert images.labels is images.val_labels is test.labels is None
 
     limited = data.load_training_images(str(folder), limit=4)
     assert torch.equal(limited.train, images.train[:4])
@@ -329,17 +337,17 @@ def test_folder_is_decoded_once_until_it_changes(data_dir, monkeypatch, capsys):
     assert torch.equal(first.train, again.train)
 
     write_images(folder / "train", 1, first=10)
-    assert len(data.load_split(str(folder), "train")) == 11
+    assert len(data.load_split(str(folder), "train").images) == 11
     assert "has changed" in capsys.readouterr().out
     (cache,) = (data_dir / "data" / "cache").iterdir()
     cache.write_bytes(cache.read_bytes()[:1000])
-    assert len(data.load_split(str(folder), "train")) == 11
+    assert len(data.load_split(str(folder), "train").images) == 11
     assert "is damaged" in capsys.readouterr().out
 
 
 def test_other_sizes_are_scaled_and_cropped_and_it_is_said(data_dir, capsys):
     write_images(data_dir / "photos" / "train", 3, size=(40, 100))
-    assert data.load_split(str(data_dir / "photos"), "train").shape == (3, 3, 32, 32)
+    assert data.load_split(str(data_dir / "photos"), "train").images.shape == (3, 3, 32, 32)
     assert "3 of 3 images were not 32×32" in capsys.readouterr().out
 
 
@@ -373,7 +381,7 @@ def test_a_linked_class_folder_is_followed(data_dir):
     write_images(data_dir / "elsewhere", 5)
     (data_dir / "photos" / "train").mkdir(parents=True)
     (data_dir / "photos" / "train" / "cats").symlink_to(data_dir / "elsewhere")
-    assert len(data.load_split(str(data_dir / "photos"), "train")) == 5
+    assert len(data.load_split(str(data_dir / "photos"), "train").images) == 5
 
 
 def test_an_epoch_shows_each_image_at_most_once():
@@ -442,13 +450,109 @@ def test_pca_is_exact_where_images_have_no_more_dimensions():
     basis = random_normal(4, 3072) * 5
     flat = (random_normal(60, 4, seed=1) @ basis + 128).clamp(0, 255)
     images = flat.to(torch.uint8).view(60, 3, 32, 32)
-    mean, components = metrics.fit_pca(images, 59)
+    pca = metrics.fit_pca(images, 59)
     errors = [
-        metrics.evaluate_images(metrics.PCA(mean, components[:k]).reconstruct, images)["mse"]
+        metrics.evaluate_images(
+            pca._replace(components=pca.components[:k]).reconstruct, images
+        )["mse"]
         for k in (1, 4, 59)
     ]
     assert errors[0] > 10 * errors[1]  # four components hold all but rounding and clipping
     assert errors[2] < 1e-6  # one less than the images hold everything
+    spread = data.to_float(images).flatten(1).var(0, correction=0).sum().item()
+    assert pca.variances.sum().item() == pytest.approx(spread, rel=1e-3)
+
+
+def test_gaussian_bound_is_water_filling():
+    variances = torch.tensor([4.0, 1.0, 0.25, 0.25])
+    # The third and fourth are lost: 0.5 of error before a nat is spent.
+    (point,) = metrics.gaussian_bound(variances, 2, [1.5 / 4])
+    assert point[1] == pytest.approx(0.5 * math.log(4 / 0.5) + 0.5 * math.log(1 / 0.5), abs=1e-6)
+    (point,) = metrics.gaussian_bound(variances, 2, [3.5 / 4])  # the second is under water too
+    assert point[1] == pytest.approx(0.5 * math.log(4 / 2), abs=1e-6)
+    assert metrics.gaussian_bound(variances, 2, [0.4 / 4, 6 / 4]) == []
+
+
+def test_cka_sees_through_rotation_and_scale_and_nothing_else():
+    codes = random_normal(2000, 8) * torch.linspace(0.5, 2, 8)
+    rotation = torch.linalg.qr(random_normal(8, 8, seed=1))[0]
+    assert metrics.linear_cka(codes, 3 * codes @ rotation + 5) == pytest.approx(1)
+    assert metrics.linear_cka(codes, random_normal(2000, 8, seed=2)) < 0.02
+    assert 0.1 < metrics.linear_cka(codes, codes[:, :3]) < 0.9
+
+
+def test_classifiers_of_codes_find_what_is_there_and_no_more():
+    labels = torch.arange(400) % 4
+    codes = F.one_hot(labels, 4) + 0.1 * random_normal(400, 4)
+    known = (codes[:200], labels[:200], codes[200:], labels[200:])
+    nothing = (random_normal(200, 4), labels[:200], random_normal(200, 4, seed=1), labels[200:])
+    for accuracy in (metrics.nearest_neighbour_accuracy, metrics.linear_probe_accuracy):
+        assert accuracy(*known) == 1
+        assert accuracy(*nothing) < 0.4
+    # Inside and outside of a ring: neighbours can tell, a plane cannot.
+    points = random_normal(2000, 2)
+    inside = (points.norm(dim=1) < 1.18).long()
+    ring = (points[:1000], inside[:1000], points[1000:], inside[1000:])
+    assert metrics.nearest_neighbour_accuracy(*ring) > 0.9
+    assert metrics.linear_probe_accuracy(*ring) < 0.65
+
+
+def test_neighbours_vote_and_the_nearest_decides_a_tie():
+    codes = torch.tensor([[0.0], [1.0], [2.0], [3.0], [4.0]])
+    query, truth = torch.tensor([[-1.0]]), torch.tensor([7])
+
+    def accuracy(labels):
+        return metrics.nearest_neighbour_accuracy(codes, torch.tensor(labels), query, truth)
+
+    assert accuracy([3, 3, 7, 7, 7]) == 1  # three against the two nearest
+    assert accuracy([7, 3, 3, 7, 5]) == 1  # a tie
+    assert accuracy([3, 7, 7, 3, 5]) == 0
+
+
+def test_sampled_error_is_that_of_noise_and_leaves_the_random_state():
+    vae, images = TinyVAE32().eval(), data.dead_leaves(50, 0, "test")
+    with torch.no_grad():
+        vae.fc_logvar.weight.zero_()
+        vae.fc_logvar.bias.fill_(-40)  # no noise: a sample is the mean
+        vae.decoder[-1].weight *= 30  # an untrained decoder hardly heeds its code
+    mse = metrics.evaluate_vae(vae, images)["mse"]
+    state = torch.get_rng_state()
+    assert metrics.sampled_mse(vae, images) == pytest.approx(mse, rel=1e-5)
+    assert torch.equal(state, torch.get_rng_state())
+    with torch.no_grad():
+        vae.fc_logvar.bias.fill_(4)
+    assert metrics.sampled_mse(vae, images) > 1.01 * mse
+
+
+def test_perceptual_distance_and_evenness_of_known_paths():
+    class Stub:
+        """Latents that are the brightness of an image, bent by `bend`."""
+
+        def __init__(self, bend):
+            self.bend = bend
+
+        def eval(self):
+            return self
+
+        def encode(self, images):
+            return images.mean((1, 2, 3))[:, None], None
+
+        def decode(self, z):
+            return self.bend(z)[:, :, None, None].expand(-1, 3, 32, 32)
+
+    class Judge:
+        def distance(self, a, b):
+            return (a - b).square().mean((1, 2, 3))
+
+    images = (torch.rand(40, 1, 1, 1, generator=torch.Generator().manual_seed(0)) * 255).to(
+        torch.uint8
+    ).expand(40, 3, 32, 32)
+    even = metrics.interpolation_unevenness(Stub(lambda z: z), images, Judge())
+    bent = metrics.interpolation_unevenness(Stub(lambda z: z**3), images, Judge())
+    assert even == pytest.approx(0, abs=1e-3) and bent > 0.2
+    assert metrics.perceptual_distance(Stub(lambda z: z), images, Judge()) < 1e-9
+    off = metrics.perceptual_distance(Stub(lambda z: z + 0.1), images, Judge())
+    assert off == pytest.approx(0.01, rel=1e-3)
 
 
 # --- Files ---
@@ -592,7 +696,7 @@ def test_torchvision_that_does_not_load_is_explained(monkeypatch):
 def test_importing_a_script_does_nothing(tmp_path):
     code = (
         f"import sys; sys.path.insert(0, {str(HERE)!r})\n"
-        "import distill_tinyvae, test_trained_model, torch\n"
+        "import ablate_distillation, distill_tinyvae, test_trained_model, torch\n"
         "assert 'torchvision' not in sys.modules and not torch.cuda.is_initialized()\n"
     )
     done = subprocess.run(
@@ -945,8 +1049,10 @@ def test_evaluation_script(tiny_run, tmp_path, capsys):
     ratio = record["results"]["teacher"]["weight_bytes"] / student["weight_bytes"]
     assert 28.5 < ratio < 29.5 and f"{ratio:.1f}×" in printed
     assert {path.name for path in tmp_path.iterdir()} == {
-        "evaluation.json", "reconstruction_test.png", "interpolation_test.png",
+        "evaluation.json", "reconstruction_test.png", "interpolation_test.png", "samples.png",
+        "traversal.png",
     }
+    assert student["cka"] < record["results"]["teacher"]["cka"] == pytest.approx(1)
 
 
 def test_evaluation_takes_the_architecture_from_the_checkpoint(tmp_path, capsys):
@@ -971,6 +1077,104 @@ def test_pictures_show_the_same_images_each_time():
     images = data.dead_leaves(100, 0, "test")
     assert torch.equal(pictures.spread(images, 10), pictures.spread(images, 10))
     assert len(pictures.spread(images[:3], 10)) == 3
+
+
+# --- The ablation ---
+
+
+def test_the_search_for_a_rate_gets_there_though_the_slope_is_another():
+    asked = []
+
+    def rate_of(kl_weight, slope=-20):
+        asked.append(kl_weight)
+        return 80 + slope * math.log(kl_weight / 0.3)
+
+    found = ablate_distillation.match_rate(rate_of, 0.1, 80, 0.015)
+    assert found == pytest.approx(0.3, rel=0.1) and len(asked) <= 4
+    assert ablate_distillation.match_rate(rate_of, found, 80, 0.015) == found
+    # Where it cannot get there, the nearest it tried.
+    tried = []
+    nearest = ablate_distillation.match_rate(
+        lambda weight: tried.append(weight) or 50 + 1e-3 / weight, 0.1, 80, 0.015
+    )
+    assert nearest == min(tried) and len(tried) == ablate_distillation.SEARCHES
+
+
+def test_the_comparison_with_scratch_is_made_at_the_same_rate():
+    rows = [
+        {"variant": "scratch", "seed": 0, "kl_weight": 0.1, "kl_nats": 100.0, "mse": 0.010},
+        {"variant": "scratch", "seed": 0, "kl_weight": 0.2, "kl_nats": 80.0, "mse": 0.012},
+        {"variant": "full", "seed": 0, "kl_weight": 0.1, "kl_nats": 88.0, "mse": 0.0102},
+        {"variant": "full", "seed": 1, "kl_weight": 0.1, "kl_nats": 92.0, "mse": 0.0096},
+        {"variant": "no KL", "seed": 0, "kl_weight": 0.0, "kl_nats": 300.0, "mse": 0.009},
+    ]
+    summary = {found["variant"]: found for found in ablate_distillation.summarise(rows)}
+    mean, deviation = summary["full"]["mse"]
+    assert mean == pytest.approx(0.0099) and deviation == pytest.approx(0.0006 / 2**0.5)
+    every = ablate_distillation.summarise(rows)
+    gain = ablate_distillation.against_scratch(summary["full"], every, "mse")
+    assert gain == pytest.approx(0.0099 / 0.011 - 1)  # 0.011 is half way, at 90 nats
+    # No student without a teacher has that rate: nothing to compare with.
+    assert ablate_distillation.against_scratch(summary["no KL"], every, "mse") is None
+
+
+def test_projection_variants_are_what_they_are_called():
+    mu = random_normal(500, 160) * torch.linspace(3, 0.1, 160)
+    start = losses.LatentProjection(mu, 8)(mu)
+    free = ablate_distillation.free_projection(mu, 8)
+    torch.testing.assert_close(free(mu), start, atol=1e-4, rtol=1e-4)
+    fixed = ablate_distillation.fixed_projection(mu, 8)
+    assert not any(parameter.requires_grad for parameter in fixed.parameters())
+    other = ablate_distillation.random_projection(mu, 8)(mu)
+    assert (other - start).abs().mean() > 0.5
+    torch.testing.assert_close(other.T @ other / 500, torch.eye(8), atol=1e-3, rtol=0)
+
+
+def test_an_ablation_goes_on_where_it_stopped(tiny_run, tmp_path, capsys, monkeypatch):
+    run, _ = tiny_run
+    (tmp_path / "checkpoints").mkdir()
+    shutil.copy(run / "checkpoints" / "teacher_vae.pth", tmp_path / "checkpoints")
+    flags = [
+        *folders(tmp_path), "--vgg", "none", "--limit", "64", "--epochs", "2", "--seeds", "1",
+        "--variants", "no latent", "--rate-tolerance", "1", "--device", "cpu",
+    ]
+    train_epoch = training.Stage.train_epoch
+    epochs = []
+
+    def interrupted(self, bar):
+        epochs.append(len(self.rows))
+        if len(epochs) == 4:
+            raise KeyboardInterrupt
+        return train_epoch(self, bar)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(training.Stage, "train_epoch", interrupted)
+        ablate_distillation.main(flags)
+    assert epochs == [0, 1, 0, 1]  # full, then scratch, stopped in its second epoch
+    with monkeypatch.context() as patch:
+        patch.setattr(training.Stage, "train_epoch", interrupted)
+        ablate_distillation.main(flags)
+    assert epochs[4:] == [1, 0, 1, 0, 1, 0, 1]  # its second, two other rates, no latent
+    printed = capsys.readouterr().out
+    assert "goes on after epoch 1" in printed and "| no latent" in printed
+    with (tmp_path / "outputs" / "ablation.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["variant"] for row in rows] == ["full", *["scratch"] * 3, "no latent"]
+    assert (tmp_path / "outputs" / "ablation.png").stat().st_size > 10_000
+
+    # Measured on the other split without training; refused for another budget or judge.
+    monkeypatch.setattr(training.Stage, "train_epoch", None)
+    ablate_distillation.main([*flags, "--split", "test"])
+    with (tmp_path / "outputs" / "ablation.csv").open() as file:
+        again = list(csv.DictReader(file))
+    assert [row["val_mse"] for row in rows] == [row["val_mse"] for row in again]
+    assert rows[0]["mse"] != again[0]["mse"]
+    with pytest.raises(InputError, match="epochs was 2, is 3"):
+        ablate_distillation.main([*flags, "--epochs", "3"])
+    with pytest.raises(InputError, match="no variant 'no teacher': choose from no rec"):
+        ablate_distillation.main([*flags, "--variants", "no teacher"])
+    with pytest.raises(InputError, match="cannot judge"):
+        ablate_distillation.main([*flags, "--vgg", "random", "--judge", "random"])
 
 
 # --- The README ---
