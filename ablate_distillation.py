@@ -26,10 +26,11 @@ import torch
 from torch import nn
 
 import distill_tinyvae
-from data import Split, load_test_images, load_training_images
+from data import Split, load_test_images, load_training_images, to_float
 from distill_tinyvae import RECIPE, Job, ask_teacher, student_stage
 from losses import LatentProjection, PerceptualLoss, load_vgg16
 from metrics import (
+    EVALUATION_BATCH,
     encode_means,
     evaluate_code,
     evaluate_images,
@@ -80,7 +81,7 @@ CHECKPOINT_DIR = HERE / "checkpoints"  # folder of the teacher; students go to a
 OUTPUT_DIR = HERE / "outputs"  # folder of ablation.csv and ablation.png
 
 # The search for the KL weight at which scratch has the full distillation's rate.
-FIRST_KL_WEIGHT, SEARCHES = 0.1, 5
+FIRST_KL_WEIGHT, SEARCHES = 0.3, 5
 
 SPLITS = {"val": "validation", "test": "test"}
 FIGURES = (
@@ -120,6 +121,13 @@ def free_projection(teacher_mu, latent_dim):
     return free
 
 
+def image_logits(images):
+    """The images themselves in place of what the teacher makes of them: is it the teacher that
+    helps, or only a second look at the image? Clamped, since black and white have no logit."""
+    chunks = images.split(EVALUATION_BATCH)
+    return torch.cat([to_float(chunk).clamp(0.02, 0.98).logit().half() for chunk in chunks])
+
+
 SCRATCH = {
     "reconstruction_weight": 1.0, "latent_weight": 0.0, "output_weight": 0.0,
     "perceptual_weight": 0.0,
@@ -131,6 +139,8 @@ CHANGES = {
     "no latent": {"latent_weight": 0.0},
     "no output": {"output_weight": 0.0},
     "no perceptual": {"perceptual_weight": 0.0},
+    "image for teacher's": {"image_targets": True},
+    "no fading": {"latent_fade": 0.0},
     "fixed projection": {"make_projection": fixed_projection},
     "random projection": {"make_projection": random_projection},
     "free projection": {"make_projection": free_projection},
@@ -202,7 +212,9 @@ class Laboratory:
         job.record["teacher_sha256"] = fingerprint(self.teacher)
         return job
 
-    def student(self, variant, seed, make_projection=LatentProjection, **changes):
+    def student(
+        self, variant, seed, make_projection=LatentProjection, image_targets=False, **changes
+    ):
         """One student's row, from the file that holds it, or else trained now."""
         job = self.job(seed, changes)
         name = f"{variant}, seed {seed}"
@@ -214,7 +226,7 @@ class Laboratory:
             trained = load_checkpoint(path)
             job.check_recipe(trained, path, (*RECIPE, "teacher_sha256"))
         else:
-            trained = self.train(job, make_projection, name, unfinished)
+            trained = self.train(job, make_projection, image_targets, name, unfinished)
             save_checkpoint(path, trained)
             unfinished.unlink(missing_ok=True)
         if self.settings.split not in trained["measured"]:
@@ -229,12 +241,15 @@ class Laboratory:
         row["seconds"] = round(sum(epoch["seconds"] for epoch in trained["rows"]), 1)
         return row
 
-    def train(self, job, make_projection, name, unfinished):
+    def train(self, job, make_projection, image_targets, name, unfinished):
         if self.targets is None:
             self.targets = ask_teacher(job, self.teacher)
+        targets = self.targets
+        if image_targets:
+            targets = targets._replace(logits=image_logits(self.train_split.images))
         print(f"\n{name}")
         vgg = self.vgg if job.settings.perceptual_weight else None
-        stage = student_stage(job, self.targets, vgg, make_projection)
+        stage = student_stage(job, targets, vgg, make_projection)
         if unfinished.exists():
             state = load_checkpoint(unfinished)
             if state["name"] == name:

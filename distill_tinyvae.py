@@ -57,15 +57,17 @@ LIMIT = 0  # use the first N training images; 0 uses all
 
 # --- Teacher ---
 TEACHER_EPOCHS = 20  # epochs of stage 1
-TEACHER_KL_WEIGHT = 0.02  # beta of the teacher: low, since its error caps the output term's worth
+TEACHER_KL_WEIGHT = 0.01  # beta of the teacher: low, since its error caps the output term's worth
 
 # --- Student: the five terms ---
 EPOCHS = 100  # epochs of stage 2
 RECONSTRUCTION_WEIGHT = 0.3  # mean squared error of pixels in [0, 1]
 KL_WEIGHT = 0.1  # nats per image dimension
 LATENT_WEIGHT = 0.3  # distance of mu to the teacher's, projected 512→64
+LATENT_FADE = 0.3  # share of the steps over which the latent term fades to a tenth; 0: never
 OUTPUT_WEIGHT = 0.2  # softened divergence from the teacher's logits
 PERCEPTUAL_WEIGHT = 0.1  # distance of VGG16 features
+PERCEPTUAL_IMAGES = 16  # images of each batch that VGG16 sees, a quarter of the cost; 0: all
 TEMPERATURE = 3.0  # T that softens the logits of the output term
 VGG = "imagenet"  # imagenet (downloaded), random (untrained), none, or a state dict's path
 
@@ -114,7 +116,7 @@ TEACHER_RECIPE = (
 # What makes a run the same run, so that it can go on.
 RECIPE = (
     *TEACHER_RECIPE, "vgg_sha256", "epochs", "reconstruction_weight", "kl_weight", "latent_weight",
-    "output_weight", "perceptual_weight", "temperature",
+    "latent_fade", "output_weight", "perceptual_weight", "perceptual_images", "temperature",
 )
 
 IN_WORDS = {
@@ -135,7 +137,7 @@ class Job:
         in_force = {
             name: str(value) if isinstance(value, Path) else value
             for name, value in vars(settings).items()
-            if name not in ("resume", "overwrite")
+            if name not in ("resume", "overwrite", "checkpoint_dir", "output_dir")
         }
         self.record = (
             in_force
@@ -264,7 +266,14 @@ def student_stage(job, targets, vgg, make_projection=LatentProjection):
     student = TinyVAE32()
     projection = make_projection(targets.mu, student.latent_dim)
     perceptual = PerceptualLoss(vgg).to(memory_format=torch.channels_last) if vgg else None
-    criterion = DistillationLoss(job.weights, job.settings.temperature, projection, perceptual)
+    criterion = DistillationLoss(
+        job.weights,
+        job.settings.temperature,
+        projection,
+        perceptual,
+        job.settings.perceptual_images,
+        job.settings.latent_fade,
+    )
     fixed = [targets.logits, targets.mu]
     val_mu = targets.val_mu if job.weights["latent"] else None  # to watch the projection on
     return Stage("student", student, criterion, fixed, job.settings.epochs, job, val_mu)

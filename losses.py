@@ -108,29 +108,37 @@ class LatentProjection(nn.Module):
             return self.rotation(F.linear(teacher_mu - self.mean, self.whitening))
 
 
-def latent_distillation_loss(mu, projected):
-    """½ ‖mu_S − t‖² / 3072, summed over latents, mean over the batch.
+# Variance of the Gaussians that the latent term compares: about that of the student's posterior
+# (1.3 nats a latent is a variance of 0.07 against the prior's 1), so that missing the target by
+# so much costs about as much as the noise of sampling already does.
+LATENT_VARIANCE = 0.1
+LATENT_FLOOR = 0.1  # share of the latent term that is left when it has faded
 
-    The KL in nats between N(mu_S, I) and N(t, I), so in the unit of the KL term. Means are
+
+def latent_distillation_loss(mu, projected):
+    """½ ‖mu_S − t‖² / s² / 3072 with s² = 0.1, summed over latents, mean over the batch.
+
+    The KL in nats between N(mu_S, s² I) and N(t, s² I), so in the unit of the KL term. Means are
     matched, not samples: a sample's noise teaches nothing.
     """
-    return 0.5 * (mu - projected).square().sum(1).mean() / PIXEL_VALUES
+    return 0.5 * (mu - projected).square().sum(1).mean() / (LATENT_VARIANCE * PIXEL_VALUES)
 
 
 def output_distillation_loss(logits, teacher_logits, temperature):
-    """T² KL(σ(l_T / T) ‖ σ(l_S / T)), mean over pixel values and the batch, in nats.
+    """½ T² KL(σ(l_T / T) ‖ σ(l_S / T)), mean over pixel values and the batch.
 
     Hinton et al. 2015, arXiv:1503.02531, with each pixel value a Bernoulli variable of logit l
     in place of a class distribution. A higher T weighs errors in dark and bright pixels, where
-    the sigmoid is flat, more nearly like those in mid-grey ones; the limit is (l_T − l_S)² / 8.
-    On the images themselves T would cancel: T² MSE(s/T, t/T) = MSE(s, t).
+    the sigmoid is flat, more nearly like those in mid-grey ones; the limit is (l_T − l_S)² / 16.
+    On the images themselves T would cancel: T² MSE(s/T, t/T) = MSE(s, t). The half makes a small
+    error at mid-grey count as its square, so that the weight compares with reconstruction's.
     """
     # Cached logits come in fp16, which is precise enough for a value but not for differences.
     student, teacher = logits.float() / temperature, teacher_logits.float() / temperature
     divergence = (
         torch.sigmoid(teacher) * (teacher - student) + F.softplus(student) - F.softplus(teacher)
     )
-    return temperature**2 * divergence.mean()
+    return 0.5 * temperature**2 * divergence.mean()
 
 
 # --- The perceptual term ---
@@ -260,56 +268,100 @@ def vgg_record(features, description):
 # --- All together ---
 
 
-class VAELoss(nn.Module):
+class Criterion(nn.Module):
+    """What a stage minimises: (images, logits, mean_logits, mu, logvar, *targets) → (total, terms).
+
+    total is a scalar; terms are unweighted and detached, keyed by name. `progress`, from 0 to 1,
+    is how much of the stage's steps are done; the stage keeps it up to date.
+    """
+
+    needs_mean = False  # whether mean_logits, decoded from mu, are needed
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("progress", torch.zeros(()))
+
+
+class VAELoss(Criterion):
     """Reconstruction + kl_weight · KL: the teacher's loss. kl_weight is its effective beta."""
 
     def __init__(self, kl_weight):
         super().__init__()
         self.kl_weight = kl_weight
 
-    def forward(self, images, logits, mu, logvar):
-        """Returns (total, terms), as DistillationLoss does."""
+    def forward(self, images, logits, mean_logits, mu, logvar):
         reconstruction, kl = reconstruction_loss(torch.sigmoid(logits), images), kl_loss(mu, logvar)
         terms = {"reconstruction": reconstruction.detach(), "kl": kl.detach()}
         return reconstruction + self.kl_weight * kl, terms
 
 
-class DistillationLoss(nn.Module):
+# The five weights alone would leave the student at 58 nats. With half the KL it has about the rate
+# of the run they were first used for, 87.
+KL_SHARE = 0.5
+
+
+class DistillationLoss(Criterion):
     """The weighted sum of the five terms. A term of weight zero is not computed.
+
+    Reconstruction and KL are a VAE's, of a sample from the posterior. The two terms that compare
+    pictures with what is free of noise, the teacher's output (decoded from its mean) and VGG16's
+    features of the image, look at what is decoded from the student's mean, as its users will.
+
+    The latent term fades, from its full weight to a tenth: a target for the encoder saves it many
+    steps at the start, but a linear map of the teacher's code is not the code that suits so small
+    a decoder best, and held to it to the end, the student stays behind one that was not.
 
     Args:
         weights: a weight for each of `TERMS`.
+        latent_fade: share of the steps over which the latent term fades; 0: it never does.
         temperature: T of the output term.
         projection: a LatentProjection; its parameters are trained with the student's.
         perceptual: a PerceptualLoss, or None where that weight is zero.
+        perceptual_images: how many images of a batch it sees, the first; 0: all. Batches are
+            shuffled, so the term's expectation is the same.
     """
 
-    def __init__(self, weights, temperature, projection, perceptual=None):
+    def __init__(
+        self, weights, temperature, projection, perceptual=None, perceptual_images=0, latent_fade=0
+    ):
         super().__init__()
         self.weights = weights
+        self.latent_fade = latent_fade
         self.temperature = temperature
         self.projection = projection
         self.perceptual = perceptual
+        self.perceptual_images = perceptual_images or None
 
-    def forward(self, images, logits, mu, logvar, teacher_logits, teacher_mu):
-        """Returns (total, terms): scalars; terms are unweighted and detached, keyed by name."""
-        reconstruction = torch.sigmoid(logits)
+    @property
+    def needs_mean(self):
+        return self.weights["output"] > 0 or self.weights["perceptual"] > 0
+
+    def forward(self, images, logits, mean_logits, mu, logvar, teacher_logits, teacher_mu):
+        seen = self.perceptual_images
         functions = {
-            "reconstruction": lambda: reconstruction_loss(reconstruction, images),
-            "kl": lambda: kl_loss(mu, logvar),
+            "reconstruction": lambda: reconstruction_loss(torch.sigmoid(logits), images),
+            "kl": lambda: KL_SHARE * kl_loss(mu, logvar),
             "latent": lambda: latent_distillation_loss(mu, self.projection(teacher_mu)),
-            "output": lambda: output_distillation_loss(logits, teacher_logits, self.temperature),
-            "perceptual": lambda: self.perceptual(reconstruction, images),
+            "output": lambda: output_distillation_loss(
+                mean_logits, teacher_logits, self.temperature
+            ),
+            "perceptual": lambda: self.perceptual(
+                torch.sigmoid(mean_logits[:seen]), images[:seen]
+            ),
         }
         terms = {name: functions[name]() for name in TERMS if self.weights[name] > 0}
-        total = sum(self.weights[name] * value for name, value in terms.items())
+        weights = dict(self.weights)
+        if self.latent_fade:
+            left = (1 - self.progress / self.latent_fade).clamp_min(LATENT_FLOOR)
+            weights["latent"] = weights["latent"] * left
+        total = sum(weights[name] * value for name, value in terms.items())
         return total, {name: value.detach() for name, value in terms.items()}
 
 
 def effective_beta(kl_weight, reconstruction_weight):
-    """beta of (summed squared error + beta × summed KL), the beta-VAE these two weights make.
+    """beta of (summed squared error + beta × summed KL), the beta-VAE these two weights make here.
 
     Counts the reconstruction term alone; the output and perceptual terms also pull towards the
     image, which makes the beta that is felt smaller. None without a reconstruction term.
     """
-    return kl_weight / reconstruction_weight if reconstruction_weight else None
+    return KL_SHARE * kl_weight / reconstruction_weight if reconstruction_weight else None

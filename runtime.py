@@ -66,6 +66,8 @@ CHECKS = {
     "learning_rate": POSITIVE,
     "warmup": (lambda value: 0 <= value <= 1, "must be a share, from 0 to 1"),
     "temperature": POSITIVE,
+    "perceptual_images": at_least(0),
+    "latent_fade": (lambda value: 0 <= value <= 1, "must be a share, from 0 to 1"),
     "reconstruction_weight": NOT_NEGATIVE,
     "kl_weight": NOT_NEGATIVE,
     "latent_weight": NOT_NEGATIVE,

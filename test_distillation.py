@@ -139,24 +139,27 @@ def test_weights_make_the_beta_that_is_printed():
     summed = (reconstruction - images).square().sum() + beta * losses.kl_divergence(
         mu, logvar
     ).sum()
-    weighed = 0.3 * losses.reconstruction_loss(reconstruction, images) + 0.1 * losses.kl_loss(
-        mu, logvar
-    )
+    weights = dict.fromkeys(losses.TERMS, 0.0) | {"reconstruction": 0.3, "kl": 0.1}
+    criterion = losses.DistillationLoss(weights, 3.0, projection=None)
+    weighed, _ = criterion(images, reconstruction.logit(), None, mu, logvar, None, None)
     torch.testing.assert_close(weighed, 0.3 * summed / (8 * 3072))
-    assert beta == pytest.approx(1 / 3)
+    assert beta == pytest.approx(1 / 6)
 
 
 def test_output_term_is_a_softened_bernoulli_divergence():
     student, teacher = random_normal(2, 3, 32, 32), random_normal(2, 3, 32, 32, seed=1)
     found = losses.output_distillation_loss(student, teacher, 3.0)
     soft = [torch.distributions.Bernoulli(logits=logits / 3) for logits in (teacher, student)]
-    expected = 9 * torch.distributions.kl_divergence(*soft).mean()
+    expected = 4.5 * torch.distributions.kl_divergence(*soft).mean()
     torch.testing.assert_close(found, expected)
     assert losses.output_distillation_loss(teacher, teacher, 3.0).abs() < 1e-6
     half = losses.output_distillation_loss(student, teacher.half(), 3.0)  # as they are cached
     torch.testing.assert_close(half, expected, rtol=1e-3, atol=0)
     flat = losses.output_distillation_loss(student, teacher, 30.0)  # nearly the limit of large T
-    torch.testing.assert_close(flat, (student - teacher).square().mean() / 8, rtol=0.01, atol=0)
+    torch.testing.assert_close(flat, (student - teacher).square().mean() / 16, rtol=0.01, atol=0)
+    grey, greyish = torch.tensor([0.5, 0.52]).logit().split(1)  # here an error is its square
+    small = losses.output_distillation_loss(greyish, grey, 3.0)
+    assert small.item() == pytest.approx(0.02**2, rel=0.01)
 
 
 def test_temperature_turns_the_gradient():
@@ -263,11 +266,28 @@ def test_total_is_the_weighted_sum_and_zero_weights_cost_nothing():
     criterion = losses.DistillationLoss(weights, 3.0, projection, perceptual=None)
     logits, mu = random_normal(4, 3, 32, 32), random_normal(4, 64)
     total, terms = criterion(
-        random_images(4), logits, mu, torch.zeros(4, 64), logits + 1, teacher_mu[:4]
+        random_images(4), logits, logits, mu, torch.zeros(4, 64), logits + 1, teacher_mu[:4]
     )
     assert list(terms) == ["reconstruction", "kl", "latent", "output"]
     weighed = sum(weights[name] * terms[name].item() for name in terms)
     assert total.item() == pytest.approx(weighed)
+
+
+def test_the_latent_term_fades_to_its_floor():
+    weights = dict.fromkeys(losses.TERMS, 0.0) | {"latent": 0.3}
+    teacher_mu, mu = correlated_mu(), random_normal(4, 64)
+    criterion = losses.DistillationLoss(
+        weights, 3.0, losses.LatentProjection(teacher_mu, 64), latent_fade=0.5
+    )
+
+    def share(progress):
+        criterion.progress.fill_(progress)
+        total, terms = criterion(None, None, None, mu, None, None, teacher_mu[:4])
+        return (total / terms["latent"] / 0.3).item()
+
+    shares = [share(progress) for progress in (0, 0.25, 0.5, 1)]
+    assert shares == pytest.approx([1, 0.5, losses.LATENT_FLOOR, losses.LATENT_FLOOR])
+    assert not criterion.needs_mean
 
 
 # --- Images ---
@@ -775,8 +795,8 @@ def test_a_run_writes_what_it_promises(tiny_run):
     ]
     assert rows[0]["latent"] == rows[0]["projected_std"] == ""
     weighed = sum(
-        weight * float(rows[-1][term])
-        for term, weight in zip(losses.TERMS, (0.3, 0.1, 0.3, 0.2, 0.1))
+        weight * float(rows[-1][term])  # in the last epoch the latent term has faded
+        for term, weight in zip(losses.TERMS, (0.3, 0.1, 0.3 * losses.LATENT_FLOOR, 0.2, 0.1))
     )
     assert float(rows[-1]["loss"]) == pytest.approx(weighed, rel=1e-4)
     config = json.loads((run / "outputs" / "config.json").read_text())

@@ -20,8 +20,8 @@ class Stage:
     Args:
         name: `teacher` or `student`.
         model: the VAE to train.
-        criterion: (images, logits, mu, logvar, *targets) → (total, terms). Parameters of its own,
-            such as the projection's, are trained with the model's.
+        criterion: a Criterion of losses.py. Parameters of its own, such as the projection's, are
+            trained with the model's.
         targets: tensors with a row for each training image, handed to the criterion.
         epochs: how many this stage has in all.
         job: has `settings`, `precision`, and the uint8 images on the device: `images` to train
@@ -41,6 +41,7 @@ class Stage:
         self.batch_size, self.loss_every = settings.batch_size, settings.loss_every
         self.warmup = settings.warmup
         self.steps_per_epoch = len(self.images) // self.batch_size
+        self.steps = epochs * self.steps_per_epoch
         trained = [*model.parameters(), *criterion.parameters()]
         self.optimizer = torch.optim.Adam(
             [parameter for parameter in trained if parameter.requires_grad],
@@ -57,11 +58,10 @@ class Stage:
 
         After Smith & Topin 2017, arXiv:1708.07120.
         """
-        total = self.epochs * self.steps_per_epoch
-        warmup = max(1, round(self.warmup * total))
+        warmup = max(1, round(self.warmup * self.steps))
         if step < warmup:
             return (step + 1) / warmup
-        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, self.steps - warmup)))
 
     def train_step(self, index):
         """One step on the images of these indices. Returns the loss and its terms, detached."""
@@ -70,13 +70,19 @@ class Stage:
         with autocast(self.device, self.precision):
             mu, logvar = self.model.encode(images)
             mu, logvar = mu.float(), logvar.float()
-            logits = self.model.decode_logits(self.model.reparameterize(mu, logvar)).float()
-            total, terms = self.criterion(images, logits, mu, logvar, *targets)
+            z, mean_logits = self.model.reparameterize(mu, logvar), None
+            if self.criterion.needs_mean:  # one pass, so that BatchNorm sees what both look like
+                both = self.model.decode_logits(torch.cat([z, mu])).float()
+                logits, mean_logits = both.chunk(2)
+            else:
+                logits = self.model.decode_logits(z).float()
+            total, terms = self.criterion(images, logits, mean_logits, mu, logvar, *targets)
         self.optimizer.zero_grad()
         self.scaler.scale(total).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.scheduler.step()
+        self.criterion.progress.add_(1 / self.steps)
         return {"loss": total.detach()} | terms
 
     def train_epoch(self, bar):
@@ -124,7 +130,7 @@ class Stage:
         Raises InputError if a loss or a validation figure is no longer a number.
         """
         bar = progress_bar(
-            total=self.epochs * self.steps_per_epoch,
+            total=self.steps,
             initial=len(self.rows) * self.steps_per_epoch,
             desc=self.name,
             unit="step",
