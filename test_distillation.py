@@ -757,7 +757,7 @@ def read_rows(run):
 
 def weights_of(run, name="tinyvae_last.pth"):
     checkpoint = storage.load_checkpoint(run / "checkpoints" / name)
-    return checkpoint["model"] | checkpoint.get("projection", {})
+    return checkpoint["model"] | checkpoint.get("criterion", {})
 
 
 def assert_same_run(run, other):
@@ -817,8 +817,10 @@ def test_training_moves_student_and_projection(tiny_run):
     assert (early["fc_mu.weight"] - late["fc_mu.weight"]).abs().max() > 0
     projection = losses.LatentProjection(random_normal(200, 512))
     assert torch.equal(projection.rotation.weight, torch.eye(64, 128))  # where it starts
-    saved = storage.load_checkpoint(run / "checkpoints" / "tinyvae_last.pth")["projection"]
-    projection.load_state_dict({k.removeprefix("projection."): v for k, v in saved.items()})
+    saved = storage.load_checkpoint(run / "checkpoints" / "tinyvae_last.pth")["criterion"]
+    assert saved["progress"].item() == pytest.approx(1)
+    weights = {k.removeprefix("projection."): v for k, v in saved.items() if k != "progress"}
+    projection.load_state_dict(weights)
     assert (projection.rotation.weight - torch.eye(64, 128)).abs().max() > 1e-4
 
 

@@ -169,7 +169,7 @@ class Stage:
             "architecture": self.model.architecture,
             "epoch": len(self.rows),
             "model": self.model.state_dict(),
-            "projection": trained_state(self.criterion),
+            "criterion": trained_state(self.criterion),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "scaler": self.scaler.state_dict(),
@@ -180,7 +180,7 @@ class Stage:
     def load_state(self, state):
         """Take up what `state` returned; raises KeyError or RuntimeError where it does not fit."""
         self.model.load_state_dict(state["model"])
-        self.criterion.load_state_dict(self.criterion.state_dict() | state["projection"])
+        self.criterion.load_state_dict(self.criterion.state_dict() | state["criterion"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         self.scaler.load_state_dict(state["scaler"])
