@@ -73,9 +73,9 @@ def load_training_images(source, limit=0):
             raise InputError(f"{source} has {len(images)} training images: at least 4 are needed")
         # Folders come sorted by class, so the order is shuffled before anything is cut from it.
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(SPLIT_SEED))
-        held_out = max(2, len(images) // 10)
-        kept = order[held_out:][: limit or None]
-        held_out = order[:held_out][: limit or None]
+        val_count = max(2, len(images) // 10)
+        kept = order[val_count:][: limit or None]
+        held_out = order[:val_count][: limit or None]
         train, val = images[kept], images[held_out]
         labels, val_labels = (None if labels is None else labels[i] for i in (kept, held_out))
     fingerprint = hashlib.sha256(train.numpy().tobytes() + val.numpy().tobytes()).hexdigest()[:16]

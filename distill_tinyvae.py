@@ -62,7 +62,7 @@ TEACHER_KL_WEIGHT = 0.01  # beta of the teacher: low, since its error caps the o
 # --- Student: the five terms ---
 EPOCHS = 100  # epochs of stage 2
 RECONSTRUCTION_WEIGHT = 0.3  # mean squared error of pixels in [0, 1]
-KL_WEIGHT = 0.1  # nats per image dimension
+KL_WEIGHT = 0.1  # nats per image dimension, counted half
 LATENT_WEIGHT = 0.3  # distance of mu to the teacher's, projected 512→64
 LATENT_FADE = 0.3  # share of the steps over which the latent term fades to a tenth; 0: never
 OUTPUT_WEIGHT = 0.2  # softened divergence from the teacher's logits

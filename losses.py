@@ -4,14 +4,13 @@
 
 Squared errors are means over what they compare, pixel or feature values; nats are divided by the
 3,072 values of an image. With pixels and nats over the same divisor a ratio of weights means what
-it says: KL over reconstruction, 0.1 / 0.3, is the beta of a beta-VAE on summed squared error.
+it says: KL over reconstruction, 0.1 / 0.3 × KL_SHARE, is the beta of a beta-VAE on summed errors.
 (Averaging KL over 64 latents instead makes the same weights a beta of 16, at which theory keeps 3
 latents of 64 alive: Lucas et al. 2019, arXiv:1911.02469.)
 
 Images are in [0, 1], N×3×32×32; a VAE offers mu, logvar, and its decoder's logits.
 """
 
-import hashlib
 from pathlib import Path
 
 import torch
@@ -20,7 +19,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import orthogonal
 
 from runtime import InputError, download_timeout, import_torchvision
-from storage import load_checkpoint
+from storage import fingerprint, load_checkpoint
 from vae import PIXEL_VALUES
 
 TERMS = ("reconstruction", "kl", "latent", "output", "perceptual")
@@ -259,10 +258,7 @@ def load_vgg16(source, seed=0):
 
 
 def vgg_record(features, description):
-    digest = hashlib.sha256()
-    for tensor in features.state_dict().values():
-        digest.update(tensor.numpy().tobytes())
-    return {"vgg_weights": description, "vgg_sha256": digest.hexdigest()[:16]}
+    return {"vgg_weights": description, "vgg_sha256": fingerprint(features)}
 
 
 # --- All together ---

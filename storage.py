@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import hashlib
 import io
 import json
 import os
@@ -60,6 +61,14 @@ def save_checkpoint(path, checkpoint):
     buffer = io.BytesIO()
     torch.save(checkpoint, buffer)
     write_bytes(path, buffer.getvalue())
+
+
+def fingerprint(module):
+    """The same for the same weights: the start of a hash over a module's state dict."""
+    digest = hashlib.sha256()
+    for tensor in module.state_dict().values():
+        digest.update(tensor.cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def load_checkpoint(path):

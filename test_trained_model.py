@@ -114,9 +114,8 @@ def table_row(name, found, teacher_bytes):
     }
 
 
-def measure_code(vae, models, test, train, judge, judged):
+def measure_code(vae, teacher_mu, test, train, judge, judged):
     """Every column of the second table for a VAE, as numbers."""
-    teacher_mu = encode_means(models["teacher"], test.images) if "teacher" in models else None
     found = evaluate_code(vae, test, train, teacher_mu)
     found["sampled_mse"] = sampled_mse(vae, test.images)
     if judge:
@@ -210,8 +209,9 @@ def evaluate(settings):
     for name, model in models.items():
         model.to(device, memory_format=torch.channels_last)
         found[name] = measure_vae(model, test.images, precision, settings.batch_size)
+    teacher_mu = encode_means(models["teacher"], test.images) if "teacher" in models else None
     for name, model in models.items():
-        found[name] |= measure_code(model, models, test, train, judge, settings.judged)
+        found[name] |= measure_code(model, teacher_mu, test, train, judge, settings.judged)
     pca = fit_pca(train.images, settings.pca_components)
     found[f"PCA, {settings.pca_components} components"] = measure_pca(pca, test.images)
 
