@@ -66,8 +66,8 @@ KL_WEIGHT = 0.1  # nats per image dimension, counted half
 LATENT_WEIGHT = 0.3  # distance of mu to the teacher's, projected 512→64
 LATENT_FADE = 0.3  # share of the steps over which the latent term fades to a tenth; 0: never
 OUTPUT_WEIGHT = 0.2  # softened divergence from the teacher's logits
-PERCEPTUAL_WEIGHT = 0.1  # distance of VGG16 features
-PERCEPTUAL_IMAGES = 16  # images of each batch that VGG16 sees, a quarter of the cost; 0: all
+PERCEPTUAL_WEIGHT = 0.1  # distance of VGG16 features, counted eightfold
+PERCEPTUAL_IMAGES = 4  # images of each batch that VGG16 sees, a sixteenth of the cost; 0: all
 TEMPERATURE = 3.0  # T that softens the logits of the output term
 VGG = "imagenet"  # imagenet (downloaded), random (untrained), none, or a state dict's path
 

@@ -13,6 +13,8 @@ from losses import TERMS
 from metrics import EVALUATION_BATCH, effective_rank, evaluate_vae
 from runtime import InputError, autocast, progress_bar
 
+CALIBRATION_IMAGES = 5000  # training images that BatchNorm's statistics are taken from
+
 
 class Stage:
     """What one stage trains, and everything needed to go on from the end of an epoch.
@@ -112,6 +114,7 @@ class Stage:
 
     def validate(self):
         """The validation columns of a row, and the effective rank of the projection, if any."""
+        calibrate(self.model, self.images[:CALIBRATION_IMAGES], self.precision)
         found = evaluate_vae(self.model, self.val_images, self.precision)
         for what in ("mse", "kl_nats"):
             self.stop_unless_finite(f"validation {what}", found[what])
@@ -189,6 +192,31 @@ class Stage:
         if self.device.type in state["random"] and self.device.type != "cpu":
             getattr(torch, self.device.type).set_rng_state(state["random"][self.device.type])
         self.rows = state["rows"]
+
+
+@torch.no_grad()
+def calibrate(model, images, precision):
+    """Set the statistics of the decoder's BatchNorm layers to those of the means of uint8 images.
+
+    In training the decoder sees samples, in use it decodes means, which vary less; statistics of
+    what it will see, over many batches, take up to 1% off its error. After Wu & Johnson 2021,
+    "Rethinking 'Batch' in BatchNorm", arXiv:2105.07576, section 3. Training goes by the statistics
+    of each batch and does not notice. Leaves the model in evaluation mode.
+    """
+    model.eval()
+    layers = [layer for layer in model.decoder if isinstance(layer, torch.nn.BatchNorm2d)]
+    momenta = [layer.momentum for layer in layers]
+    for layer in layers:
+        layer.reset_running_stats()
+        layer.momentum = None  # a plain mean over batches
+        layer.train()
+    for chunk in images.split(EVALUATION_BATCH):
+        with autocast(images.device, precision):
+            mu, _ = model.encode(to_float(chunk))
+            model.decode_logits(mu)
+    for layer, momentum in zip(layers, momenta):
+        layer.momentum = momentum
+        layer.eval()
 
 
 def trained_state(criterion):
