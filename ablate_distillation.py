@@ -105,7 +105,7 @@ def random_projection(teacher_mu, latent_dim):
     """Starts from random directions of the 128 leading components."""
     projection = LatentProjection(teacher_mu, latent_dim)
     with torch.no_grad():
-        projection.rotation.weight = nn.init.orthogonal_(projection.rotation.weight.clone())
+        nn.init.orthogonal_(projection.rotation.weight)
     return projection
 
 

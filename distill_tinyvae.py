@@ -80,7 +80,6 @@ SEED = 0  # of weights, image order and latent samples
 # --- Machine ---
 DEVICE = "auto"  # auto (cuda, then mps, then cpu), cuda, cpu or mps
 PRECISION = "auto"  # auto, fp32, bf16 or fp16; auto takes what the device does natively
-LOSS_EVERY = 20  # steps between readings of the loss, each of which makes a GPU wait
 
 # --- Files ---
 CHECKPOINT_DIR = HERE / "checkpoints"  # folder of the .pth files

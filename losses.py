@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils.parametrizations import orthogonal
 
 from runtime import InputError, download_timeout, import_torchvision
 from storage import fingerprint, load_checkpoint
@@ -59,7 +58,8 @@ class LatentProjection(nn.Module):
     rows. So over the training images every t has zero mean, unit variance, and no correlation
     with another, whatever Q learns: shrinking towards a target that teaches nothing, or copying
     one easy direction into all 64, is out of reach. Learning is left with choosing the directions
-    and turning them. Q starts as the identity: the 64 leading components.
+    and turning them. Q starts as the identity: the 64 leading components. It learns along the
+    Stiefel manifold: its gradient is tangent to it, and `retract` follows each optimiser step.
 
     A plain linear map trained on ‖mu_S − P mu_T‖² has its optimum at P = 0, aided by the KL term;
     hence the fixed teachers of FitNets (arXiv:1412.6550), and the normalisation of SRD (Miles et
@@ -93,18 +93,35 @@ class LatentProjection(nn.Module):
         self.register_buffer("mean", mean.float())                             # 512
         self.register_buffer("whitening", (directions * scale).T.float())      # components×512
 
-        rotation = nn.Linear(components, latent_dim, bias=False)
-        with torch.no_grad():
-            nn.init.eye_(rotation.weight)
-        # The Cayley map is one small solve; the default, Householder reflections, would be
-        # thousands of kernels in every step.
-        self.rotation = orthogonal(rotation, orthogonal_map="cayley")          # Q
+        self.rotation = nn.Linear(components, latent_dim, bias=False)          # Q, 64×components
+        nn.init.eye_(self.rotation.weight)
+        self.rotation.weight.register_hook(self.tangent)
 
     def forward(self, teacher_mu):
         """N×512 → N×64, zero mean and unit variance over the training images."""
         # bf16 would lose the small components that whitening magnifies.
         with torch.autocast(teacher_mu.device.type, enabled=False):
             return self.rotation(F.linear(teacher_mu - self.mean, self.whitening))
+
+    def tangent(self, gradient):
+        """The part of Q's gradient that keeps rows orthonormal to first order: G − sym(G Qᵀ) Q.
+
+        Edelman, Arias & Smith 1998, "The geometry of algorithms with orthogonality constraints".
+        """
+        rotation = self.rotation.weight.detach()
+        product = gradient @ rotation.T
+        return gradient - 0.5 * (product + product.T) @ rotation
+
+    @torch.no_grad()
+    def retract(self):
+        """Q, a step away from orthonormal rows, → the nearest matrix that has them.
+
+        That is its polar factor (Higham 1986, "Computing the polar decomposition"), by two
+        Newton–Schulz steps: matrix products alone, where a solver or a QR would make a GPU wait.
+        """
+        rotation = self.rotation.weight
+        for _ in range(2):
+            rotation.copy_(1.5 * rotation - 0.5 * (rotation @ rotation.T) @ rotation)
 
 
 # Variance of the Gaussians that the latent term compares: about that of the student's posterior
@@ -274,7 +291,10 @@ class Criterion(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.register_buffer("progress", torch.zeros(()))
+        self.register_buffer("progress", torch.zeros(()), persistent=False)
+
+    def after_step(self):
+        """What has to follow every optimiser step."""
 
 
 class VAELoss(Criterion):
@@ -334,6 +354,10 @@ class DistillationLoss(Criterion):
     @property
     def needs_mean(self):
         return self.weights["output"] > 0 or self.weights["perceptual"] > 0
+
+    def after_step(self):
+        if isinstance(self.projection, LatentProjection):
+            self.projection.retract()
 
     def forward(self, images, logits, mean_logits, mu, logvar, teacher_logits, teacher_mu):
         seen = self.perceptual_images

@@ -17,6 +17,7 @@ PAIRS = 4  # pairs in the interpolation picture
 STEPS = 9  # images from one end of an interpolation or traversal to the other, ends included
 SAMPLE_ROWS = 2  # rows of prior samples for each model
 TRAVERSED = 8  # latents in the traversal picture
+COLOURS = [f"C{i}" for i in range(10) if i != 7]  # matplotlib's, without the grey
 REACH = 3.0  # standard deviations of the prior to which a traversal goes, either way
 ERROR_GAIN = 4  # errors are small: drawn this many times larger
 
@@ -202,13 +203,14 @@ def draw_rate_distortion(path, summary, floors, title):
         )
         if scratch:
             ax.plot(*zip(*scratch), color="tab:grey", linewidth=1, label="scratch, other rates")
-        for i, found in enumerate(shown):
+        colours = {}  # of the variants, scratch in grey
+        for found in shown:
+            colour = "tab:grey" if found["variant"] == "scratch" else COLOURS[len(colours) % 9]
+            colours.setdefault(found["variant"], colour)
             (rate, rate_spread), (value, spread) = found["kl_nats"], found[measure]
-            colour = "tab:grey" if found["variant"] == "scratch" else f"C{i % 10}"
-            ax.errorbar(rate, value, spread, rate_spread, fmt="o", markersize=4, color=colour)
-            ax.annotate(
-                found["variant"], (rate, value), xytext=(5, 4), textcoords="offset points",
-                fontsize=8, color=colour,
+            ax.errorbar(
+                rate, value, spread, rate_spread, fmt="o", markersize=4,
+                color=colours[found["variant"]],
             )
         ax.set_xscale("log")
         left, right = ax.get_xlim()
@@ -230,7 +232,29 @@ def draw_rate_distortion(path, summary, floors, title):
         ax.grid(alpha=0.3)
         if ax.get_legend_handles_labels()[1]:
             ax.legend(fontsize=8)
+        label_points(
+            ax,
+            [
+                (found["kl_nats"][0], found[measure][0], name, colours[name])
+                for found in shown
+                for name in [found["variant"]]
+            ],
+        )
     save_figure(figure, path)
+
+
+def label_points(ax, points):
+    """Names in a column at the right, in the order of their points' heights, a line to each: points
+    may lie as near each other as they like. `points` are (x, y, name, colour)."""
+    points = sorted(points, key=lambda point: point[1])
+    low, high = ax.get_ylim()
+    for i, (x, y, name, colour) in enumerate(points):
+        height = low + (high - low) * (i + 0.5) / len(points)
+        ax.annotate(
+            name, (x, y), xytext=(1.03, height), textcoords=("axes fraction", "data"),
+            fontsize=8, color=colour, va="center",
+            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.5, "alpha": 0.6},
+        )
 
 
 def best(rows):

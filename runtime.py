@@ -75,7 +75,6 @@ CHECKS = {
     "perceptual_weight": NOT_NEGATIVE,
     "teacher_kl_weight": NOT_NEGATIVE,
     "save_every": at_least(1),
-    "loss_every": at_least(1),
     "variants": NOT_EMPTY,
     "seeds": at_least(1),
     "split": one_of("val", "test"),

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -209,6 +210,7 @@ def test_projection_cannot_collapse(target):
         optimizer.zero_grad()
         losses.latent_distillation_loss(student_mu, projection(mu)).backward()
         optimizer.step()
+        projection.retract()
     projected = projection(mu).detach()
     assert projected.std(0).min() > 0.95
     assert metrics.effective_rank(projected) > 15.5
@@ -288,6 +290,46 @@ def test_the_latent_term_fades_to_its_floor():
     shares = [share(progress) for progress in (0, 0.25, 0.5, 1)]
     assert shares == pytest.approx([1, 0.5, losses.LATENT_FLOOR, losses.LATENT_FLOOR])
     assert not criterion.needs_mean
+
+
+# --- Training ---
+
+
+def stage_of(vae, criterion, images, epochs=1, batch_size=8, **settings):
+    """A stage on the CPU, in fp32, outside of any run."""
+    settings = {"batch_size": batch_size, "learning_rate": 1e-3, "warmup": 0.25, "seed": 0} | settings
+    job = SimpleNamespace(
+        settings=SimpleNamespace(**settings), precision="fp32", images=images, val_images=images
+    )
+    return training.Stage("student", vae, criterion, [], epochs, job)
+
+
+def test_the_learning_rate_rises_then_falls_to_nothing():
+    criterion = losses.VAELoss(0.1)
+    stage = stage_of(TinyVAE32(), criterion, data.dead_leaves(32, 0, "train"), epochs=2)
+    rates = []
+    for step in range(8):
+        stage.set_schedule(step)
+        assert criterion.progress == step / 8
+        (group,) = stage.optimizer.param_groups
+        rates.append(group["lr"].item() / 1e-3)
+    cosine = [0.5 * (1 + math.cos(math.pi * i / 6)) for i in range(6)]
+    assert rates == pytest.approx([0.5, 1, *cosine])
+
+
+def test_batch_norm_knows_what_the_decoder_will_decode():
+    vae = TinyVAE32()
+    images = data.dead_leaves(60, 0, "train")
+    encoder = {k: v.clone() for k, v in vae.encoder.state_dict().items()}
+    training.calibrate(vae, images, "fp32")
+    with torch.no_grad():
+        mu, _ = vae.encode(data.to_float(images))
+        seen = vae.decoder[0](vae.decoder_input(mu).view(60, -1, 2, 2))
+    torch.testing.assert_close(vae.decoder[1].running_mean, seen.mean((0, 2, 3)))
+    torch.testing.assert_close(vae.decoder[1].running_var, seen.var((0, 2, 3)))
+    assert vae.decoder[1].momentum == TinyVAE32().decoder[1].momentum
+    assert not any(module.training for module in vae.modules())
+    assert all(torch.equal(encoder[k], v) for k, v in vae.encoder.state_dict().items())
 
 
 # --- Images ---
@@ -818,8 +860,7 @@ def test_training_moves_student_and_projection(tiny_run):
     projection = losses.LatentProjection(random_normal(200, 512))
     assert torch.equal(projection.rotation.weight, torch.eye(64, 128))  # where it starts
     saved = storage.load_checkpoint(run / "checkpoints" / "tinyvae_last.pth")["criterion"]
-    assert saved["progress"].item() == pytest.approx(1)
-    weights = {k.removeprefix("projection."): v for k, v in saved.items() if k != "progress"}
+    weights = {k.removeprefix("projection."): v for k, v in saved.items()}
     projection.load_state_dict(weights)
     assert (projection.rotation.weight - torch.eye(64, 128)).abs().max() > 1e-4
 

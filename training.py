@@ -40,30 +40,34 @@ class Stage:
         self.model = model.to(self.device, memory_format=torch.channels_last)
         self.model.check_range = False  # to_float makes the images; looking would stall a GPU
         self.criterion = criterion.to(self.device)
-        self.batch_size, self.loss_every = settings.batch_size, settings.loss_every
-        self.warmup = settings.warmup
+        self.batch_size = settings.batch_size
         self.steps_per_epoch = len(self.images) // self.batch_size
         self.steps = epochs * self.steps_per_epoch
         trained = [*model.parameters(), *criterion.parameters()]
+        self.peak, self.warmup = settings.learning_rate, settings.warmup
+        self.learning_rate = torch.tensor(self.peak, device=self.device)  # set before each step
         self.optimizer = torch.optim.Adam(
             [parameter for parameter in trained if parameter.requires_grad],
-            lr=settings.learning_rate,
+            lr=self.learning_rate,
             fused=True,
+            capturable=self.device.type == "cuda",
         )
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self.one_cycle)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
         self.order = torch.Generator().manual_seed(settings.seed)  # of the images
         self.rows = []  # of metrics.csv, one an epoch
 
-    def one_cycle(self, step):
-        """Share of the peak learning rate at a step: linear warm-up, cosine to zero.
+    def set_schedule(self, step):
+        """Learning rate and the criterion's progress at a step of the stage, counted from 0.
 
-        After Smith & Topin 2017, arXiv:1708.07120.
+        One cycle, after Smith & Topin 2017, arXiv:1708.07120: linear warm-up, cosine to zero.
         """
         warmup = max(1, round(self.warmup * self.steps))
         if step < warmup:
-            return (step + 1) / warmup
-        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, self.steps - warmup)))
+            share = (step + 1) / warmup
+        else:
+            share = 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, self.steps - warmup)))
+        self.learning_rate.fill_(self.peak * share)
+        self.criterion.progress.fill_(step / self.steps)
 
     def train_step(self, index):
         """One step on the images of these indices. Returns the loss and its terms, detached."""
@@ -83,25 +87,26 @@ class Stage:
         self.scaler.scale(total).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.scheduler.step()
-        self.criterion.progress.add_(1 / self.steps)
+        self.criterion.after_step()
         return {"loss": total.detach()} | terms
 
     def train_epoch(self, bar):
         """One pass over the images. Returns the mean loss and terms."""
         self.model.train()
-        steps = shuffled_batches(len(self.images), self.batch_size, self.order).to(self.device)
+        batches = shuffled_batches(len(self.images), self.batch_size, self.order).to(self.device)
+        first_step = len(self.rows) * self.steps_per_epoch
         sums = 0
-        for step, index in enumerate(steps, 1):
+        for i, index in enumerate(batches):
+            self.set_schedule(first_step + i)
             found = self.train_step(index)
             sums = sums + torch.stack(list(found.values()))
-            if step % self.loss_every == 0 or step == len(steps):
-                loss = sums[0].item() / step
+            if self.device.type == "cpu" or i == len(batches) - 1:  # reading makes a GPU wait
+                loss = sums[0].item() / (i + 1)
                 self.stop_unless_finite("loss", loss)
                 epoch = f"{len(self.rows) + 1}/{self.epochs}"
                 bar.set_postfix(epoch=epoch, loss=f"{loss:.5f}", refresh=False)
             bar.update()
-        return dict(zip(found, (sums / len(steps)).tolist()))
+        return dict(zip(found, (sums / len(batches)).tolist()))
 
     def stop_unless_finite(self, what, value):
         """Raise InputError before a state that is lost replaces the last good one."""
@@ -144,7 +149,7 @@ class Stage:
                 row = {"stage": self.name, "epoch": len(self.rows) + 1} | self.train_epoch(bar)
                 found, rank = self.validate()
                 row |= found
-                row["learning_rate"] = self.scheduler.get_last_lr()[0]
+                row["learning_rate"] = self.learning_rate.item()
                 row["seconds"] = round(time.perf_counter() - start, 2)
                 self.rows.append(row)
                 bar.write(self.epoch_line(row, rank))
@@ -174,7 +179,6 @@ class Stage:
             "model": self.model.state_dict(),
             "criterion": trained_state(self.criterion),
             "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
             "scaler": self.scaler.state_dict(),
             "random": random,
             "rows": self.rows,
@@ -185,7 +189,8 @@ class Stage:
         self.model.load_state_dict(state["model"])
         self.criterion.load_state_dict(self.criterion.state_dict() | state["criterion"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate
         self.scaler.load_state_dict(state["scaler"])
         torch.set_rng_state(state["random"]["cpu"])
         self.order.set_state(state["random"]["order"])
