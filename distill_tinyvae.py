@@ -4,6 +4,7 @@
     python distill_tinyvae.py             # CIFAR-10 and ImageNet VGG16, both downloaded (700 MB)
     python distill_tinyvae.py --resume    # go on where a run stopped, however it stopped
     python distill_tinyvae.py --data PATH --vgg PATH      # your images, your VGG16 weights
+    torchrun --nproc_per_node=2 distill_tinyvae.py        # on two GPUs, the same result
     python distill_tinyvae.py --data PATH --limit 5000 --teacher-epochs 5 --epochs 10   # a trial
 
 Stage 1 trains the teacher, stage 2 the student, with five terms:
@@ -22,6 +23,7 @@ from typing import NamedTuple
 import torch
 
 from data import load_training_images
+from distributed import first_process_first, processes, rank, wait_for_all, world_size
 from losses import (
     TERMS,
     DistillationLoss,
@@ -80,6 +82,7 @@ SEED = 0  # of weights, image order and latent samples
 # --- Machine ---
 DEVICE = "auto"  # auto (cuda, then mps, then cpu), cuda, cpu or mps
 PRECISION = "auto"  # auto, fp32, bf16 or fp16; auto takes what the device does natively
+GRAPH = True  # on one CUDA device, launch each step as a whole (CUDA graph)
 
 # --- Files ---
 CHECKPOINT_DIR = HERE / "checkpoints"  # folder of the .pth files
@@ -149,6 +152,7 @@ class Job:
                 "device": device.type,
                 "device_name": describe_device(device),
                 "precision": precision,
+                "processes": world_size(),
                 "versions": versions(),
             }
         )
@@ -235,6 +239,7 @@ def train_teacher(job):
         finished = stage.state()
         kept = ("stage", "architecture", "epoch", "model", "rows")
         save_checkpoint(path, {k: finished[k] for k in kept} | {"record": job.record})
+    wait_for_all()
     job.checkpoint("teacher_last.pth").unlink(missing_ok=True)
     teacher.to(job.device, memory_format=torch.channels_last)
     return teacher.eval().requires_grad_(False), rows
@@ -270,7 +275,7 @@ def student_stage(job, targets, vgg, make_projection=LatentProjection):
         job.settings.temperature,
         projection,
         perceptual,
-        job.settings.perceptual_images,
+        job.settings.perceptual_images // world_size(),  # of this process's share of a batch
         job.settings.latent_fade,
     )
     fixed = [targets.logits, targets.mu]
@@ -286,6 +291,7 @@ def distil_student(job, teacher, teacher_rows, vgg):
     for _ in stage.run():
         save_student(stage, job, teacher, teacher_rows)
 
+    wait_for_all()  # the first process may still be writing it
     best, _ = load_model(job.checkpoint("tinyvae_best.pth"), TinyVAE32)
     return best.to(job.device), teacher_rows + stage.rows
 
@@ -381,7 +387,8 @@ def print_summary(job):
         f"VGG16        {record['vgg_weights']}\n"
         f"optimiser    Adam, peak learning rate {s.learning_rate:g}, batch {s.batch_size}, "
         f"seed {s.seed}\n"
-        f"device       {record['device_name']}, {job.precision}\n"
+        f"device       {record['device_name']}, {job.precision}"
+        f"{f', {world_size()} processes' if world_size() > 1 else ''}\n"
         f"checkpoints  {s.checkpoint_dir}\n"
         f"outputs      {s.output_dir}\n"
     )
@@ -405,34 +412,44 @@ def print_results(job, models):
     print_table(table)
 
 
-def distil(settings):
+def distil(settings, device):
     """The whole job: refuse what cannot work, train both stages, draw, and report."""
-    device = pick_device(settings.device)
     precision = pick_precision(settings.precision, device)
     refuse_earlier_run(settings)
     if settings.vgg == "none" or settings.perceptual_weight == 0:
         settings.vgg, settings.perceptual_weight = "none", 0.0
     if not any(getattr(settings, f"{term}_weight") for term in TERMS):
         raise InputError("all five weights are zero: there is nothing to train on")
-    images = load_training_images(settings.data, settings.limit)
+    count = world_size()
+    if settings.batch_size % count or settings.perceptual_images % count:
+        raise InputError(
+            f"{count} processes share each batch evenly: make --batch-size and "
+            f"--perceptual-images multiples of {count}"
+        )
+    with first_process_first():
+        images = load_training_images(settings.data, settings.limit)
+        vgg, vgg_record = load_vgg16(settings.vgg, settings.seed)
     if len(images.train) < settings.batch_size:
         raise InputError(
             f"{len(images.train)} training images do not fill one batch of "
             f"{settings.batch_size}: lower --batch-size or add images"
         )
-    vgg, vgg_record = load_vgg16(settings.vgg, settings.seed)
     check_writable(settings.checkpoint_dir)
     check_writable(settings.output_dir)
 
     job = Job(settings, device, precision, images, vgg_record)
     if settings.overwrite:
-        remove_earlier_run(settings, job)
+        with first_process_first():
+            remove_earlier_run(settings, job)
     job.check_earlier_run()
+    wait_for_all()
     print_summary(job)
     write_json(job.output("config.json"), job.record)
     start = time.perf_counter()
     teacher, teacher_rows = train_teacher(job)
     student, rows = distil_student(job, teacher, teacher_rows, vgg)
+    if rank():
+        return
     draw(job, teacher, student, rows, "its best epoch")
 
     print_results(job, {"teacher": teacher, "student, best epoch": student})
@@ -448,8 +465,10 @@ def main(argv=None):
     if settings.demo and not settings.resume:  # its own folders are its own to replace
         folders = ("checkpoint_dir", "output_dir")
         settings.overwrite |= all(getattr(settings, f) == DEMO_SETTINGS[f] for f in folders)
+    device = pick_device(settings.device)
     try:
-        distil(settings)
+        with processes(device):
+            distil(settings, device)
     except KeyboardInterrupt:
         print(
             "\nInterrupted. Every finished epoch is saved: the same command with --resume goes on "

@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import importlib.metadata
 import math
+import os
 import platform
 import re
 import socket
@@ -154,6 +155,14 @@ def pick_device(name):
         raise InputError(
             f"this machine (or this build of PyTorch) has no {name} device: use --device auto"
         )
+    if name == "cuda":
+        own = int(os.environ.get("LOCAL_RANK", 0))  # this process's, where torchrun starts several
+        if own >= torch.cuda.device_count():
+            raise InputError(
+                f"this machine has {torch.cuda.device_count()} CUDA devices: start no more "
+                "processes than that"
+            )
+        torch.cuda.set_device(own)
     return torch.device(name)
 
 
@@ -163,6 +172,7 @@ def pick_precision(name, device):
     fp32 means it: TF32, which Ampere and later use in convolutions by default, is turned off.
     """
     torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.benchmark = True  # shapes are few: look for the fastest algorithm once
     if name == "fp16" and device.type != "cuda":
         raise InputError(
             f"fp16 training needs a CUDA device, this is {device.type}: use --precision auto"
@@ -216,7 +226,8 @@ def describe_device(device):
 def progress_bar(iterable=None, **options):
     """tqdm, which in a log file speaks every half minute instead of ten times a second."""
     interval = 0.1 if sys.stderr.isatty() else 30
-    return tqdm(iterable, mininterval=interval, dynamic_ncols=True, **options)
+    silent = os.environ.get("RANK", "0") != "0"  # of several processes the first speaks
+    return tqdm(iterable, mininterval=interval, dynamic_ncols=True, disable=silent, **options)
 
 
 def print_table(rows):

@@ -11,14 +11,18 @@ from pathlib import Path
 
 import torch
 
+from distributed import rank
 from runtime import InputError
 
 
 def write_bytes(path, content):
     """Replace a file by `content` in one step: a reader, or a crash, sees the old or the new.
 
-    Raises InputError where the folder cannot be written or the disk is full; the old file stays.
+    Of several processes only the first writes. Raises InputError where the folder cannot be
+    written or the disk is full; the old file stays.
     """
+    if rank():
+        return
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -40,7 +44,7 @@ def check_writable(folder):
     """Make a folder and try it, before work starts whose results it is to hold."""
     trial = Path(folder) / "write_test"
     write_bytes(trial, b"")
-    trial.unlink()
+    trial.unlink(missing_ok=True)
 
 
 def write_json(path, record):

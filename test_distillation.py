@@ -297,9 +297,12 @@ def test_the_latent_term_fades_to_its_floor():
 
 def stage_of(vae, criterion, images, epochs=1, batch_size=8, **settings):
     """A stage on the CPU, in fp32, outside of any run."""
-    settings = {"batch_size": batch_size, "learning_rate": 1e-3, "warmup": 0.25, "seed": 0} | settings
+    settings = {"learning_rate": 1e-3, "warmup": 0.25, "seed": 0, "graph": False} | settings
     job = SimpleNamespace(
-        settings=SimpleNamespace(**settings), precision="fp32", images=images, val_images=images
+        settings=SimpleNamespace(batch_size=batch_size, **settings),
+        precision="fp32",
+        images=images,
+        val_images=images,
     )
     return training.Stage("student", vae, criterion, [], epochs, job)
 
@@ -1091,6 +1094,60 @@ def test_a_term_can_be_left_out_and_bf16_trains(tmp_path):
     header, *_, last = read_rows(tmp_path)
     row = dict(zip(header, last))
     assert row["perceptual"] == row["latent"] == "" != row["output"]
+
+
+# --- Several processes ---
+
+
+def start_two(*flags):
+    """distill_tinyvae.py in two processes, of one thread each."""
+    return subprocess.Popen(
+        [
+            sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
+            HERE / "distill_tinyvae.py", *flags,
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+
+
+def test_two_processes_do_what_one_does(tiny_run, tmp_path, monkeypatch):
+    run, _ = tiny_run
+    (tmp_path / "checkpoints").mkdir()
+    shutil.copy(run / "checkpoints" / "teacher_vae.pth", tmp_path / "checkpoints")
+    process = start_two(*TINY, *folders(tmp_path))
+    output, _ = process.communicate(timeout=100)
+    assert process.returncode == 0, output
+    assert "2 processes" in output and output.count("Written:") == 1
+    header, *alone = read_rows(run)
+    _, *together = read_rows(tmp_path)
+    columns = [header.index(name) for name in ("loss", *losses.TERMS, "val_mse", "kl_nats")]
+    first, last = alone[2], alone[4]  # after two epochs of the teacher
+    for column in columns:
+        assert float(together[2][column]) == pytest.approx(float(first[column]), rel=1e-3)
+        assert float(together[4][column]) == pytest.approx(float(last[column]), rel=1e-2)
+    # One process goes on with what two have left; a batch that two cannot share is refused.
+    flags = [*TINY, *folders(tmp_path), "--resume"]
+    distill_tinyvae.main(flags)
+    monkeypatch.setattr(distill_tinyvae, "world_size", lambda: 2)
+    with pytest.raises(InputError, match="--perceptual-images multiples of 2"):
+        distill_tinyvae.main([*flags, "--perceptual-images", "5"])
+
+
+def test_when_one_of_two_processes_dies_the_other_says_so(tmp_path):
+    flags = ("--vgg", "none", "--limit", "2000", "--epochs", "1000", "--save-every", "1000")
+    process = start_two(*TINY, *flags, *folders(tmp_path))
+    while not (tmp_path / "outputs" / "metrics.csv").exists() and process.poll() is None:
+        time.sleep(0.05)
+    listed = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True)
+    pairs = [line.split() for line in listed.stdout.splitlines()]
+    workers = [int(pid) for pid, parent in pairs if int(parent) == process.pid]
+    os.kill(max(workers), signal.SIGKILL)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert "of 2 lost another one" in output and "with --resume goes on" in output
 
 
 # --- The evaluation script ---

@@ -9,10 +9,19 @@ import time
 import torch
 
 from data import shuffled_batches, to_float
+from distributed import (
+    average,
+    average_gradients,
+    gather_rows,
+    my_share,
+    share_batch_norm,
+    world_size,
+)
 from losses import TERMS
 from metrics import EVALUATION_BATCH, effective_rank, evaluate_vae
 from runtime import InputError, autocast, progress_bar
 
+STEPS_BEFORE_CAPTURE = 5  # of a stage, on CUDA
 CALIBRATION_IMAGES = 5000  # training images that BatchNorm's statistics are taken from
 
 
@@ -37,17 +46,19 @@ class Stage:
         self.device = job.images.device
         self.images, self.targets = job.images, targets
         self.val_images, self.val_teacher_mu = job.val_images, val_teacher_mu
+        share_batch_norm(model)
         self.model = model.to(self.device, memory_format=torch.channels_last)
         self.model.check_range = False  # to_float makes the images; looking would stall a GPU
         self.criterion = criterion.to(self.device)
         self.batch_size = settings.batch_size
         self.steps_per_epoch = len(self.images) // self.batch_size
         self.steps = epochs * self.steps_per_epoch
-        trained = [*model.parameters(), *criterion.parameters()]
+        self.trained = [*model.parameters(), *criterion.parameters()]
+        self.trained = [parameter for parameter in self.trained if parameter.requires_grad]
         self.peak, self.warmup = settings.learning_rate, settings.warmup
         self.learning_rate = torch.tensor(self.peak, device=self.device)  # set before each step
         self.optimizer = torch.optim.Adam(
-            [parameter for parameter in trained if parameter.requires_grad],
+            self.trained,
             lr=self.learning_rate,
             fused=True,
             capturable=self.device.type == "cuda",
@@ -55,6 +66,9 @@ class Stage:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
         self.order = torch.Generator().manual_seed(settings.seed)  # of the images
         self.rows = []  # of metrics.csv, one an epoch
+        self.step = self.train_step
+        if settings.graph and self.device.type == "cuda" and world_size() == 1:
+            self.step = StepGraph(self.train_step)
 
     def set_schedule(self, step):
         """Learning rate and the criterion's progress at a step of the stage, counted from 0.
@@ -70,13 +84,19 @@ class Stage:
         self.criterion.progress.fill_(step / self.steps)
 
     def train_step(self, index):
-        """One step on the images of these indices. Returns the loss and its terms, detached."""
+        """One step on the images of these indices. Returns the loss and its terms, detached.
+
+        With several processes, the terms are those of this process's share of the images.
+        """
+        # Noise for the whole batch, so that each image meets the same whoever has it.
+        epsilon = torch.randn(len(index), self.model.latent_dim, device=self.device)
+        index, epsilon = my_share(index), my_share(epsilon)
         images = to_float(self.images[index])
         targets = [target[index] for target in self.targets]
         with autocast(self.device, self.precision):
             mu, logvar = self.model.encode(images)
             mu, logvar = mu.float(), logvar.float()
-            z, mean_logits = self.model.reparameterize(mu, logvar), None
+            z, mean_logits = self.model.reparameterize(mu, logvar, epsilon), None
             if self.criterion.needs_mean:  # one pass, so that BatchNorm sees what both look like
                 both = self.model.decode_logits(torch.cat([z, mu])).float()
                 logits, mean_logits = both.chunk(2)
@@ -85,6 +105,7 @@ class Stage:
             total, terms = self.criterion(images, logits, mean_logits, mu, logvar, *targets)
         self.optimizer.zero_grad()
         self.scaler.scale(total).backward()
+        average_gradients(self.trained)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.criterion.after_step()
@@ -98,7 +119,7 @@ class Stage:
         sums = 0
         for i, index in enumerate(batches):
             self.set_schedule(first_step + i)
-            found = self.train_step(index)
+            found = self.step(index)
             sums = sums + torch.stack(list(found.values()))
             if self.device.type == "cpu" or i == len(batches) - 1:  # reading makes a GPU wait
                 loss = sums[0].item() / (i + 1)
@@ -106,7 +127,7 @@ class Stage:
                 epoch = f"{len(self.rows) + 1}/{self.epochs}"
                 bar.set_postfix(epoch=epoch, loss=f"{loss:.5f}", refresh=False)
             bar.update()
-        return dict(zip(found, (sums / len(batches)).tolist()))
+        return dict(zip(found, average(sums / len(batches)).tolist()))
 
     def stop_unless_finite(self, what, value):
         """Raise InputError before a state that is lost replaces the last good one."""
@@ -199,6 +220,48 @@ class Stage:
         self.rows = state["rows"]
 
 
+class StepGraph:
+    """A training step as one CUDA graph: a single launch in place of several hundred.
+
+    At this batch size a GPU spends most of a step waiting for kernels to be launched. The first
+    steps run as they are, on a stream of their own, as capture demands: they allocate what lasts,
+    and cuDNN chooses its algorithms. Then a step is recorded, and every one from there on is that
+    recording played on other images. Nothing in a step may look at a value on the GPU.
+    """
+
+    def __init__(self, train_step):
+        self.train_step = train_step
+        self.stream = torch.cuda.Stream()
+        self.steps = 0
+        self.graph = self.index = self.found = None
+
+    def __call__(self, index):
+        self.steps += 1
+        if self.steps == STEPS_BEFORE_CAPTURE + 1:
+            self.capture(index)
+        if self.graph:
+            self.index.copy_(index)
+            self.graph.replay()
+            return self.found
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            found = self.train_step(index)
+        torch.cuda.current_stream().wait_stream(self.stream)
+        return found
+
+    def capture(self, index):
+        self.index = index.clone()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, stream=self.stream):
+                self.found = self.train_step(self.index)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            print(f"The step could not be captured as a CUDA graph and runs without: {reason}")
+        else:
+            self.graph = graph
+
+
 @torch.no_grad()
 def calibrate(model, images, precision):
     """Set the statistics of the decoder's BatchNorm layers to those of the means of uint8 images.
@@ -233,10 +296,10 @@ def trained_state(criterion):
 def teacher_outputs(teacher, images, precision):
     """The teacher's mu (float32) of fixed images, and its logits (float16), decoded from mu."""
     mus, logits = [], []
-    chunks = images.split(EVALUATION_BATCH)
+    chunks = my_share(images).split(EVALUATION_BATCH)
     for chunk in progress_bar(chunks, desc="teacher's outputs", unit="batch", leave=False):
         with autocast(images.device, precision):
             mu, _ = teacher.encode(to_float(chunk))
             logits.append(teacher.decode_logits(mu).half())
         mus.append(mu.float())
-    return torch.cat(mus), torch.cat(logits)
+    return gather_rows(torch.cat(mus), len(images)), gather_rows(torch.cat(logits), len(images))

@@ -37,9 +37,10 @@ class VAE(nn.Module):
         return self.fc_mu(features), self.fc_logvar(features)
 
     @staticmethod
-    def reparameterize(mu, logvar):
+    def reparameterize(mu, logvar, epsilon=None):
         """A sample z = mu + sigma · epsilon, epsilon ~ N(0, I), that gradients pass through."""
-        return mu + torch.exp(0.5 * logvar) * torch.randn_like(mu)
+        epsilon = torch.randn_like(mu) if epsilon is None else epsilon
+        return mu + torch.exp(0.5 * logvar) * epsilon
 
     def decode_logits(self, z):
         """Latents, N×latent_dim → N×3×32×32 unbounded logits; `decode` is their sigmoid.
