@@ -453,6 +453,8 @@ def distil(settings, device):
     draw(job, teacher, student, rows, "its best epoch")
 
     print_results(job, {"teacher": teacher, "student, best epoch": student})
+    if device.type == "cuda":
+        print(f"\nPeak GPU memory: {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")
     print(f"\nDone in {(time.perf_counter() - start) / 60:.1f} minutes. Written:")
     for path in [job.checkpoint("teacher_vae.pth"), *find_files(settings, RUN_FILES + DRAWN)]:
         print(f"  {path}")

@@ -315,21 +315,24 @@ def gaussian_bound(variances, components, distortions):
 # --- Speed ---
 
 
+def synchronize(device):
+    """Wait until the device has done what it was asked to; a CPU always has."""
+    if device.type in ("cuda", "mps"):
+        getattr(torch, device.type).synchronize()
+
+
 @torch.no_grad()
 def seconds_per_batch(vae, images, precision="fp32", repeats=30):
     """Median time of one encode and decode of a batch of float images, warm and synchronised."""
-    synchronize = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(
-        images.device.type, lambda: None
-    )
     vae.eval()
     checks, vae.check_range = vae.check_range, False  # looking at the pixels is not the model
     times = []
     for i in range(repeats + 5):  # the first five warm up
-        synchronize()
+        synchronize(images.device)
         start = time.perf_counter()
         with autocast(images.device, precision):
             vae.decode(vae.encode(images)[0])
-        synchronize()
+        synchronize(images.device)
         if i >= 5:
             times.append(time.perf_counter() - start)
     vae.check_range = checks

@@ -243,6 +243,32 @@ def draw_rate_distortion(path, summary, floors, title):
     save_figure(figure, path)
 
 
+def draw_bars(path, rows, title):
+    """A bar for each row's milliseconds per step, its ratio to the straightforward loop written
+    at its end. `rows` are those of bench_training.csv."""
+    stages = list(dict.fromkeys(row["stage"] for row in rows))
+    counts = [sum(row["stage"] == stage for row in rows) for stage in stages]
+    figure = Figure(figsize=(8, 0.28 * len(rows) + 1.5), layout="constrained")
+    figure.suptitle(title, fontsize=10)
+    axes = figure.subplots(len(stages), 1, squeeze=False, height_ratios=counts)[:, 0]
+    for ax, stage in zip(axes, stages):
+        shown = [row for row in rows if row["stage"] == stage]
+        colours = ["tab:blue" if row["variant"] == "ours" else "tab:grey" for row in shown]
+        bars = ax.barh(
+            [row["variant"] for row in shown],
+            [row["ms_per_step"] for row in shown],
+            xerr=[row["spread_ms"] for row in shown],
+            color=colours,
+        )
+        ax.bar_label(bars, [f"{row['ratio']:.2f}×" for row in shown], padding=4, fontsize=8)
+        ax.invert_yaxis()
+        ax.margins(x=0.1)
+        ax.tick_params(labelsize=8)
+        ax.set_title(stage, fontsize=9, loc="left")
+    axes[-1].set_xlabel("ms per step", fontsize=9)
+    save_figure(figure, path)
+
+
 def label_points(ax, points):
     """Names in a column at the right, in the order of their points' heights, a line to each: points
     may lie as near each other as they like. `points` are (x, y, name, colour)."""

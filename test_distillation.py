@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 import ablate_distillation
+import bench_training
 import data
 import distill_tinyvae
 import losses
@@ -39,7 +40,7 @@ from standard_vae import StandardVAE
 from tiny_vae_32 import TinyVAE32
 
 HERE = Path(__file__).resolve().parent
-SCRIPTS = (distill_tinyvae, test_trained_model, ablate_distillation)
+SCRIPTS = (distill_tinyvae, test_trained_model, ablate_distillation, bench_training)
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 
 
@@ -717,7 +718,7 @@ def test_every_constant_is_a_flag_with_its_default(script, capsys):
     source = Path(script.__file__).read_text().split("\ndef ")[0]
     constants = re.findall(r"^([A-Z_]+) = .*  # ", source, re.MULTILINE)
     settings = vars(runtime.parse_flags(vars(script), []))
-    assert len(constants) > 8
+    assert len(constants) > 7
     for constant in constants:
         assert settings[constant.lower()] == getattr(script, constant)
     with pytest.raises(SystemExit):
@@ -761,7 +762,7 @@ def test_torchvision_that_does_not_load_is_explained(monkeypatch):
 def test_importing_a_script_does_nothing(tmp_path):
     code = (
         f"import sys; sys.path.insert(0, {str(HERE)!r})\n"
-        "import ablate_distillation, distill_tinyvae, test_trained_model, torch\n"
+        "import ablate_distillation, bench_training, distill_tinyvae, test_trained_model, torch\n"
         "assert 'torchvision' not in sys.modules and not torch.cuda.is_initialized()\n"
     )
     done = subprocess.run(
@@ -1297,6 +1298,67 @@ def test_an_ablation_goes_on_where_it_stopped(tiny_run, tmp_path, capsys, monkey
         ablate_distillation.main([*flags, "--vgg", "random", "--judge", "random"])
 
 
+# --- The bench ---
+
+
+@pytest.fixture
+def bench():
+    flags = ["--limit", "64", "--device", "cpu", "--precision", "fp32", "--workers", "0"]
+    found = bench_training.Bench(runtime.parse_flags(vars(bench_training), flags))
+    found.recipe.batch_size = 16
+    return found
+
+
+def test_our_step_does_what_the_straightforward_loop_does(bench, monkeypatch):
+    # At the same rate, on the same images: caches, layouts and fused kernels change nothing but
+    # rounding, which the steps let grow, and the teacher's logits, which are kept in fp16.
+    monkeypatch.setattr(torch.optim.lr_scheduler, "OneCycleLR", lambda *_, **__: SimpleNamespace(
+        step=lambda: None
+    ))
+    monkeypatch.setattr(training.Stage, "set_schedule", lambda *_: None)
+    kept = [bench_training.RESIDENT, bench_training.FEW_IMAGES]
+    plain = bench_training.straightforward(bench, "student", kept)
+    plain_losses = [plain() for _ in range(10)]
+    ours = bench_training.ours(bench, "student")
+    our_losses = [ours()["loss"].item() for _ in range(10)]
+    assert our_losses == pytest.approx(plain_losses, rel=1e-3)
+    assert our_losses[-1] < 0.95 * our_losses[0]
+
+
+def test_the_bench_counts_the_work_there_is(bench):
+    linear = torch.nn.Linear(10, 20, bias=False)
+    x = torch.ones(8, 10)
+    macs, traffic = bench_training.count_work(lambda: linear(x))
+    assert macs == 8 * 10 * 20 and traffic == 4 * (8 * 10 + 10 * 20 + 8 * 20)
+    tricks = bench_training.tricks_of(bench.device, "fp32")
+    ours, _ = bench_training.count_work(bench_training.ours(bench, "student"))
+    all_tricks = bench_training.straightforward(bench, "student", tricks)
+    assert bench_training.count_work(all_tricks)[0] == ours
+    tricks.remove(bench_training.FEW_IMAGES)
+    more, _ = bench_training.count_work(bench_training.straightforward(bench, "student", tricks))
+    assert more > 2.5 * ours
+
+
+def test_the_bench_prints_and_draws_what_it_measures(tmp_path, capsys, monkeypatch):
+    def two_variants(bench):
+        return {
+            ("student", "ours"): lambda: time.sleep(0.002),
+            ("teacher", "ours"): lambda: time.sleep(0.004),
+            ("student", "straightforward"): lambda: time.sleep(0.006),
+            ("teacher", "straightforward"): lambda: time.sleep(0.008),
+        }
+
+    monkeypatch.setattr(bench_training, "make_variants", two_variants)
+    flags = ["--limit", "64", "--seconds", "0.02", "--no-inference", "--output-dir", str(tmp_path)]
+    bench_training.main([*flags, "--device", "cpu"])
+    with (tmp_path / "bench_training.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert float(rows[0]["ms_per_step"]) == pytest.approx(2, abs=1.5)
+    assert float(rows[0]["ratio"]) == pytest.approx(3, abs=1.5)  # 6 ms against 2
+    assert "floor by arithmetic" in capsys.readouterr().out
+    assert (tmp_path / "bench_training.png").stat().st_size > 5_000
+
+
 # --- The README ---
 
 
@@ -1314,6 +1376,24 @@ def test_readme_names_flags_and_files_that_exist():
 
 
 # --- CUDA ---
+
+
+@needs_cuda
+def test_a_graph_does_what_single_kernels_do():
+    images = data.dead_leaves(256, 0, "train").cuda()
+    found = {}
+    for graph in (True, False):
+        torch.manual_seed(0)
+        stage = stage_of(TinyVAE32(), losses.VAELoss(0.1), images, 10, 64, graph=graph)
+        stage.model.train()
+        indices = torch.arange(6400, device="cuda").view(100, 64) % 256
+        found[graph] = []
+        for step, index in enumerate(indices):
+            stage.set_schedule(step % stage.steps)
+            found[graph].append(stage.step(index)["loss"].item())
+    assert stage_of(TinyVAE32(), losses.VAELoss(0.1), images, graph=True).step.graph is None
+    assert found[True][:10] == pytest.approx(found[False][:10], rel=1e-4)
+    assert found[True] == pytest.approx(found[False], rel=1e-2)
 
 
 @needs_cuda
