@@ -5,6 +5,7 @@ Teacher and student go through the same code; what differs is the criterion and 
 
 import math
 import time
+import warnings
 
 import torch
 
@@ -56,19 +57,18 @@ class Stage:
         self.trained = [*model.parameters(), *criterion.parameters()]
         self.trained = [parameter for parameter in self.trained if parameter.requires_grad]
         self.peak, self.warmup = settings.learning_rate, settings.warmup
+        self.is_graphed = settings.graph and self.device.type == "cuda" and world_size() == 1
         self.learning_rate = torch.tensor(self.peak, device=self.device)  # set before each step
         self.optimizer = torch.optim.Adam(
             self.trained,
             lr=self.learning_rate,
             fused=True,
-            capturable=self.device.type == "cuda",
+            capturable=self.is_graphed,
         )
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
         self.order = torch.Generator().manual_seed(settings.seed)  # of the images
         self.rows = []  # of metrics.csv, one an epoch
-        self.step = self.train_step
-        if settings.graph and self.device.type == "cuda" and world_size() == 1:
-            self.step = StepGraph(self.train_step)
+        self.step = StepGraph(self.train_step) if self.is_graphed else self.train_step
 
     def set_schedule(self, step):
         """Learning rate and the criterion's progress at a step of the stage, counted from 0.
@@ -211,7 +211,7 @@ class Stage:
         self.criterion.load_state_dict(self.criterion.state_dict() | state["criterion"])
         self.optimizer.load_state_dict(state["optimizer"])
         for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate
+            group["lr"], group["capturable"] = self.learning_rate, self.is_graphed
         self.scaler.load_state_dict(state["scaler"])
         torch.set_rng_state(state["random"]["cpu"])
         self.order.set_state(state["random"]["order"])
@@ -234,6 +234,8 @@ class StepGraph:
         self.stream = torch.cuda.Stream()
         self.steps = 0
         self.graph = self.index = self.found = None
+        # Adam warns of the steps before the capture, which are meant to run without.
+        warnings.filterwarnings("ignore", message=".*constructed with capturable=True")
 
     def __call__(self, index):
         self.steps += 1
