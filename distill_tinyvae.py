@@ -11,7 +11,7 @@ Stage 1 trains the teacher, stage 2 the student, with five terms:
 
     0.3 reconstruction + 0.1 KL + 0.3 latent + 0.2 output (T = 3) + 0.1 perceptual
 
-losses.py has their formulas. VGG16 makes nine tenths of a step's arithmetic; `--vgg none` does
+losses.py has their formulas. VGG16 makes four fifths of a step's arithmetic; `--vgg none` does
 without it. Afterwards, `python test_trained_model.py` gives the figures on the test split.
 """
 
@@ -246,6 +246,8 @@ def train_teacher(job):
 
 
 def save_teacher(stage, job):
+    if rank():
+        return
     save_checkpoint(job.checkpoint("teacher_last.pth"), stage.state() | {"record": job.record})
     job.write_table(stage.rows)
 
@@ -299,6 +301,8 @@ def distil_student(job, teacher, teacher_rows, vgg):
 def save_student(stage, job, teacher, teacher_rows):
     """Write what an epoch leaves. `tinyvae_last.pth` comes last of the checkpoints: a run that
     dies between two of them does the epoch again, and writes the others again, the same."""
+    if rank():
+        return
     state = stage.state() | {"record": job.record}
     kept = ("stage", "architecture", "epoch", "model", "record")
     weights_only = {key: state[key] for key in kept}

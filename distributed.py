@@ -12,6 +12,7 @@ import contextlib
 import io
 import os
 import sys
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -21,25 +22,35 @@ from runtime import InputError
 
 
 def rank():
-    return dist.get_rank() if dist.is_initialized() else 0
+    return dist.get_rank() if is_shared() else 0
 
 
 def world_size():
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return dist.get_world_size() if is_shared() else 1
+
+
+def is_shared():
+    return dist.is_available() and dist.is_initialized()  # some builds of PyTorch lack it
 
 
 @contextlib.contextmanager
 def processes(device):
     """Within it, what torchrun has started works together: over NCCL on CUDA, else over Gloo.
 
-    Raises InputError in the processes that are left when one has died.
+    When one process dies torchrun ends the others. Over Gloo they notice first, and raise an
+    InputError.
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ:  # not started by torchrun
         yield
         return
     if device.type == "mps":
         raise InputError("torchrun is for CUDA and CPU, this is mps: use --device cpu")
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    is_cuda = device.type == "cuda"
+    dist.init_process_group(
+        "nccl" if is_cuda else "gloo",
+        timeout=timedelta(hours=2),  # the others wait while the first one downloads and decodes
+        device_id=torch.device("cuda", torch.cuda.current_device()) if is_cuda else None,
+    )
     try:
         with contextlib.redirect_stdout(io.StringIO() if rank() else sys.stdout):
             yield
@@ -50,8 +61,7 @@ def processes(device):
             f"process {rank()} of {world_size()} lost another one, which ended before its time: "
             "every finished epoch is saved, the same command with --resume goes on"
         ) from error
-    finally:
-        dist.destroy_process_group()
+    dist.destroy_process_group()
 
 
 @contextlib.contextmanager
@@ -60,18 +70,27 @@ def first_process_first():
     if rank():
         dist.barrier()
     yield
-    if dist.is_initialized() and not rank():
-        dist.barrier()
+    if not rank():
+        wait_for_all()
 
 
 def wait_for_all():
-    if dist.is_initialized():
+    if is_shared():
         dist.barrier()
 
 
 def my_share(rows):
     """This process's rows of a batch or a split: every Nth. The same rows without torchrun."""
     return rows[rank() :: world_size()]
+
+
+@torch.no_grad()
+def start_equal(*modules):
+    """Parameters and buffers of the first process, everywhere."""
+    if is_shared():
+        for module in modules:
+            for tensor in (*module.parameters(), *module.buffers()):
+                dist.broadcast(tensor, 0)
 
 
 @torch.no_grad()
@@ -157,6 +176,6 @@ def share_batch_norm(model):
     for parent in list(model.modules()):
         for name, layer in list(parent.named_children()):
             if type(layer) is nn.BatchNorm2d:
-                shared = SharedBatchNorm(layer.num_features)
+                shared = SharedBatchNorm(layer.num_features, layer.eps, layer.momentum)
                 shared.load_state_dict(layer.state_dict())
                 setattr(parent, name, shared)

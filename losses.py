@@ -118,8 +118,12 @@ class LatentProjection(nn.Module):
 
         That is its polar factor (Higham 1986, "Computing the polar decomposition"), by two
         Newton–Schulz steps: matrix products alone, where a solver or a QR would make a GPU wait.
+        They need singular values below √3. Adam's steps leave them near 1; after a larger one the
+        matrix is scaled down by a bound of its norm first, and the next calls do the rest.
         """
         rotation = self.rotation.weight
+        bound = (rotation @ rotation.T).abs().sum(1).max().sqrt()
+        rotation /= (bound / 1.5).clamp_min(1)
         for _ in range(2):
             rotation.copy_(1.5 * rotation - 0.5 * (rotation @ rotation.T) @ rotation)
 

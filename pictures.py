@@ -232,14 +232,8 @@ def draw_rate_distortion(path, summary, floors, title):
         ax.grid(alpha=0.3)
         if ax.get_legend_handles_labels()[1]:
             ax.legend(fontsize=8)
-        label_points(
-            ax,
-            [
-                (found["kl_nats"][0], found[measure][0], name, colours[name])
-                for found in shown
-                for name in [found["variant"]]
-            ],
-        )
+        points = [(found["kl_nats"][0], found[measure][0], found["variant"]) for found in shown]
+        label_points(ax, points, colours)
     save_figure(figure, path)
 
 
@@ -269,13 +263,14 @@ def draw_bars(path, rows, title):
     save_figure(figure, path)
 
 
-def label_points(ax, points):
+def label_points(ax, points, colours):
     """Names in a column at the right, in the order of their points' heights, a line to each: points
-    may lie as near each other as they like. `points` are (x, y, name, colour)."""
+    may lie as near each other as they like. `points` are (x, y, name)."""
     points = sorted(points, key=lambda point: point[1])
     low, high = ax.get_ylim()
-    for i, (x, y, name, colour) in enumerate(points):
+    for i, (x, y, name) in enumerate(points):
         height = low + (high - low) * (i + 0.5) / len(points)
+        colour = colours[name]
         ax.annotate(
             name, (x, y), xytext=(1.03, height), textcoords=("axes fraction", "data"),
             fontsize=8, color=colour, va="center",

@@ -42,9 +42,11 @@ def write_bytes(path, content):
 
 def check_writable(folder):
     """Make a folder and try it, before work starts whose results it is to hold."""
+    if rank():
+        return
     trial = Path(folder) / "write_test"
     write_bytes(trial, b"")
-    trial.unlink(missing_ok=True)
+    trial.unlink()
 
 
 def write_json(path, record):

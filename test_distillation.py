@@ -1100,46 +1100,93 @@ def test_a_term_can_be_left_out_and_bf16_trains(tmp_path):
 # --- Several processes ---
 
 
-def start_two(*flags):
-    """distill_tinyvae.py in two processes, of one thread each."""
+def start_two(script, *flags):
+    """A script in two processes, of one thread each."""
     return subprocess.Popen(
-        [
-            sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
-            HERE / "distill_tinyvae.py", *flags,
-        ],
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", script, *flags],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)},
     )
 
 
-def test_two_processes_do_what_one_does(tiny_run, tmp_path, monkeypatch):
+def test_two_processes_compute_what_one_does(tmp_path):
+    script = tmp_path / "compare.py"
+    script.write_text(
+        """
+import torch
+from distributed import *
+
+def compute(layer, x, target):
+    x = x.clone().requires_grad_()
+    loss = (layer(x) - target).square().mean()
+    loss.backward()
+    return loss.detach(), x.grad
+
+with processes(torch.device("cpu")):
+    torch.manual_seed(0)
+    x, target = torch.randn(2, 6, 3, 4, 4) * 5 + 3
+    alone = torch.nn.Sequential(torch.nn.BatchNorm2d(3))
+    loss, gradient = compute(alone, x, target)
+
+    torch.manual_seed(rank())  # the processes differ until they are made equal
+    model = torch.nn.Sequential(torch.nn.BatchNorm2d(3))
+    torch.nn.init.uniform_(model[0].weight, 1, 2) if rank() else None
+    share_batch_norm(model)
+    assert type(model[0]) is SharedBatchNorm
+    start_equal(model)
+    own_loss, own_gradient = compute(model, my_share(x), my_share(target))
+    average_gradients(list(model.parameters()))
+    close = torch.testing.assert_close
+    close(average(own_loss), loss)
+    close(gather_rows(own_gradient, len(x)) / 2, gradient)
+    for parameter, expected in zip(model.parameters(), alone.parameters()):
+        close(parameter.grad, expected.grad)
+    for name, buffer in model.named_buffers():
+        close(buffer, alone.get_buffer(name))
+    print("all the same")
+"""
+    )
+    process = start_two(script)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and output.count("all the same") == 1, output
+
+
+def test_two_processes_go_on_with_what_one_has_begun(tiny_run, tmp_path, monkeypatch):
     run, _ = tiny_run
     (tmp_path / "checkpoints").mkdir()
     shutil.copy(run / "checkpoints" / "teacher_vae.pth", tmp_path / "checkpoints")
-    process = start_two(*TINY, *folders(tmp_path))
+    flags = [*TINY, *folders(tmp_path)]
+    train_epoch = training.Stage.train_epoch
+
+    def interrupted(self, bar):
+        if self.rows:
+            raise KeyboardInterrupt
+        return train_epoch(self, bar)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(training.Stage, "train_epoch", interrupted)
+        distill_tinyvae.main(flags)
+    process = start_two(HERE / "distill_tinyvae.py", *flags, "--resume")
     output, _ = process.communicate(timeout=100)
     assert process.returncode == 0, output
     assert "2 processes" in output and output.count("Written:") == 1
     header, *alone = read_rows(run)
     _, *together = read_rows(tmp_path)
-    columns = [header.index(name) for name in ("loss", *losses.TERMS, "val_mse", "kl_nats")]
-    first, last = alone[2], alone[4]  # after two epochs of the teacher
-    for column in columns:
-        assert float(together[2][column]) == pytest.approx(float(first[column]), rel=1e-3)
-        assert float(together[4][column]) == pytest.approx(float(last[column]), rel=1e-2)
-    # One process goes on with what two have left; a batch that two cannot share is refused.
-    flags = [*TINY, *folders(tmp_path), "--resume"]
-    distill_tinyvae.main(flags)
+    assert alone[2] == together[2]  # after two epochs of the teacher, the one done alone
+    for name in ("loss", *losses.TERMS, "val_mse", "kl_nats"):
+        column = header.index(name)
+        assert float(together[3][column]) == pytest.approx(float(alone[3][column]), rel=1e-3)
+
     monkeypatch.setattr(distill_tinyvae, "world_size", lambda: 2)
     with pytest.raises(InputError, match="--perceptual-images multiples of 2"):
-        distill_tinyvae.main([*flags, "--perceptual-images", "5"])
+        distill_tinyvae.main([*flags, "--resume", "--perceptual-images", "5"])
 
 
 def test_when_one_of_two_processes_dies_the_other_says_so(tmp_path):
     flags = ("--vgg", "none", "--limit", "2000", "--epochs", "1000", "--save-every", "1000")
-    process = start_two(*TINY, *flags, *folders(tmp_path))
+    process = start_two(HERE / "distill_tinyvae.py", *TINY, *flags, *folders(tmp_path))
     while not (tmp_path / "outputs" / "metrics.csv").exists() and process.poll() is None:
         time.sleep(0.05)
     listed = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True)
@@ -1346,6 +1393,7 @@ def test_the_bench_prints_and_draws_what_it_measures(tmp_path, capsys, monkeypat
             ("teacher", "ours"): lambda: time.sleep(0.004),
             ("student", "straightforward"): lambda: time.sleep(0.006),
             ("teacher", "straightforward"): lambda: time.sleep(0.008),
+            ("student", f"+ {bench_training.FEW_IMAGES}"): lambda: time.sleep(0.003),
         }
 
     monkeypatch.setattr(bench_training, "make_variants", two_variants)
@@ -1356,6 +1404,9 @@ def test_the_bench_prints_and_draws_what_it_measures(tmp_path, capsys, monkeypat
     assert float(rows[0]["ms_per_step"]) == pytest.approx(2, abs=1.5)
     assert float(rows[0]["ratio"]) == pytest.approx(3, abs=1.5)  # 6 ms against 2
     assert "floor by arithmetic" in capsys.readouterr().out
+    for bad, message in ((["--limit", "20"], "do not fill a batch"), (["--vgg", "none"], "random")):
+        with pytest.raises(InputError, match=message):
+            bench_training.main([*flags, *bad])
     assert (tmp_path / "bench_training.png").stat().st_size > 5_000
 
 
@@ -1381,17 +1432,18 @@ def test_readme_names_flags_and_files_that_exist():
 @needs_cuda
 def test_a_graph_does_what_single_kernels_do():
     images = data.dead_leaves(256, 0, "train").cuda()
-    found = {}
+    found, stages = {}, {}
     for graph in (True, False):
         torch.manual_seed(0)
         stage = stage_of(TinyVAE32(), losses.VAELoss(0.1), images, 10, 64, graph=graph)
         stage.model.train()
+        stages[graph] = stage
         indices = torch.arange(6400, device="cuda").view(100, 64) % 256
         found[graph] = []
         for step, index in enumerate(indices):
             stage.set_schedule(step % stage.steps)
             found[graph].append(stage.step(index)["loss"].item())
-    assert stage_of(TinyVAE32(), losses.VAELoss(0.1), images, graph=True).step.graph is None
+    assert stages[True].step.graph is not None and stages[False].step == stages[False].train_step
     assert found[True][:10] == pytest.approx(found[False][:10], rel=1e-4)
     assert found[True] == pytest.approx(found[False], rel=1e-2)
 
@@ -1401,6 +1453,7 @@ def test_a_graph_does_what_single_kernels_do():
 def test_a_run_on_cuda(tmp_path, precision, monkeypatch):
     if precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
         pytest.skip("this CUDA device has no bf16")
+    monkeypatch.setattr(training, "STEPS_BEFORE_CAPTURE", 1)
     flags = [*TINY, *folders(tmp_path), "--device", "cuda", "--precision", precision]
     train_epoch = training.Stage.train_epoch
 

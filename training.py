@@ -3,9 +3,9 @@
 Teacher and student go through the same code; what differs is the criterion and its targets.
 """
 
+import gc
 import math
 import time
-import warnings
 
 import torch
 
@@ -16,6 +16,7 @@ from distributed import (
     gather_rows,
     my_share,
     share_batch_norm,
+    start_equal,
     world_size,
 )
 from losses import TERMS
@@ -51,6 +52,7 @@ class Stage:
         self.model = model.to(self.device, memory_format=torch.channels_last)
         self.model.check_range = False  # to_float makes the images; looking would stall a GPU
         self.criterion = criterion.to(self.device)
+        start_equal(self.model, self.criterion)
         self.batch_size = settings.batch_size
         self.steps_per_epoch = len(self.images) // self.batch_size
         self.steps = epochs * self.steps_per_epoch
@@ -170,7 +172,7 @@ class Stage:
                 row = {"stage": self.name, "epoch": len(self.rows) + 1} | self.train_epoch(bar)
                 found, rank = self.validate()
                 row |= found
-                row["learning_rate"] = self.learning_rate.item()
+                row["learning_rate"] = round(self.learning_rate.item(), 9)  # it is float32
                 row["seconds"] = round(time.perf_counter() - start, 2)
                 self.rows.append(row)
                 bar.write(self.epoch_line(row, rank))
@@ -212,7 +214,8 @@ class Stage:
         self.optimizer.load_state_dict(state["optimizer"])
         for group in self.optimizer.param_groups:
             group["lr"], group["capturable"] = self.learning_rate, self.is_graphed
-        self.scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # empty but for fp16
+            self.scaler.load_state_dict(state["scaler"])
         torch.set_rng_state(state["random"]["cpu"])
         self.order.set_state(state["random"]["order"])
         if self.device.type in state["random"] and self.device.type != "cpu":
@@ -223,10 +226,12 @@ class Stage:
 class StepGraph:
     """A training step as one CUDA graph: a single launch in place of several hundred.
 
-    At this batch size a GPU spends most of a step waiting for kernels to be launched. The first
-    steps run as they are, on a stream of their own, as capture demands: they allocate what lasts,
-    and cuDNN chooses its algorithms. Then a step is recorded, and every one from there on is that
-    recording played on other images. Nothing in a step may look at a value on the GPU.
+    At this batch size a step is bound by launches, not by arithmetic. The first steps run as they
+    are, on a stream of their own, as capture demands: they allocate what lasts, and cuDNN chooses
+    its algorithms. Then a step is recorded, and every one from there on is that recording played
+    on other images. Nothing in a step may look at a value on the GPU.
+
+    Raises InputError if a step cannot be recorded.
     """
 
     def __init__(self, train_step):
@@ -234,8 +239,6 @@ class StepGraph:
         self.stream = torch.cuda.Stream()
         self.steps = 0
         self.graph = self.index = self.found = None
-        # Adam warns of the steps before the capture, which are meant to run without.
-        warnings.filterwarnings("ignore", message=".*constructed with capturable=True")
 
     def __call__(self, index):
         self.steps += 1
@@ -252,16 +255,22 @@ class StepGraph:
         return found
 
     def capture(self, index):
+        gc.collect()  # an earlier stage's graph must not be freed in the middle of this one
         self.index = index.clone()
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, stream=self.stream):
+            # Other threads, such as tqdm's, may do as they like.
+            with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
                 self.found = self.train_step(self.index)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
-            print(f"The step could not be captured as a CUDA graph and runs without: {reason}")
-        else:
-            self.graph = graph
+            raise InputError(
+                f"a training step could not be captured as a CUDA graph ({reason}): run with "
+                "--no-graph"
+            ) from error
+        self.graph = graph
 
 
 @torch.no_grad()
