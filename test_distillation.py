@@ -1242,6 +1242,31 @@ def test_evaluation_takes_the_architecture_from_the_checkpoint(tmp_path, capsys)
             test_trained_model.main([*bad, *folders(tmp_path)])
 
 
+def test_the_released_student_is_what_its_card_says(tmp_path, capsys, monkeypatch):
+    released = test_trained_model.RELEASED
+    assert released.stat().st_size < 1_300_000
+    vae, checkpoint = models.load_model(released, TinyVAE32)
+    assert models.count_parameters(vae) == 294_403
+    record = checkpoint["record"]
+    assert set(checkpoint) == {"stage", "architecture", "epoch", "model", "record"}
+    assert not [value for value in record.values() if str(value).startswith("/")]
+    for constant in ("EPOCHS", "TEACHER_EPOCHS", "KL_WEIGHT", "LATENT_WEIGHT", "TEMPERATURE"):
+        assert record[constant.lower()] == getattr(distill_tinyvae, constant)
+
+    # Whoever has neither its images nor a network still gets figures and pictures, and is told.
+    def no_network(*args, **kwargs):
+        raise InputError("CIFAR-10 could not be downloaded")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(data, "load_cifar10", no_network)
+    test_trained_model.main([*folders(tmp_path), "--limit", "64", "--device", "cpu"])
+    printed = capsys.readouterr().out
+    assert "the released one" in printed and "not cifar10: CIFAR-10 could not" in printed
+    assert "not those the student was trained on" in printed
+    found = json.loads((tmp_path / "outputs" / "evaluation.json").read_text())
+    assert found["data"] == "dead-leaves" and found["results"]["student"]["mse"] < 0.02
+
+
 def test_pictures_show_the_same_images_each_time():
     images = data.dead_leaves(100, 0, "test")
     assert torch.equal(pictures.spread(images, 10), pictures.spread(images, 10))
