@@ -1,4 +1,4 @@
-"""The test suite: `pytest`. Generated images, no network, no GPU; under 3 minutes on 2 cores.
+"""The test suite: `pytest`. Generated images, no network, no GPU; about 3 minutes on 2 cores.
 
 The real scripts run here with tiny budgets, in this process where that shows the same, and as
 subprocesses where it matters: killed, interrupted, without a network, out of disk space.
@@ -41,6 +41,9 @@ from tiny_vae_32 import TinyVAE32
 
 HERE = Path(__file__).resolve().parent
 SCRIPTS = (distill_tinyvae, test_trained_model, ablate_distillation, bench_training)
+# pytest runs two workers (pyproject.toml): one thread for each of them and of what they start.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 
 
@@ -1107,11 +1110,14 @@ def test_a_term_can_be_left_out_and_bf16_trains(tmp_path):
 def start_two(script, *flags):
     """A script in two processes, of one thread each."""
     return subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", script, *flags],
+        [
+            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+            script, *flags,
+        ],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)},
+        env=os.environ | {"PYTHONPATH": str(HERE)},
     )
 
 
