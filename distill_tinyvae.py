@@ -1,6 +1,6 @@
 """Distil a 512-latent teacher VAE into TinyVAE32: 64 latents, 294,403 parameters.
 
-    python distill_tinyvae.py --demo      # the whole job, small, no network: 2 minutes on 2 cores
+    python distill_tinyvae.py --demo      # the whole job, small, no network: a minute on 2 cores
     python distill_tinyvae.py             # CIFAR-10 and ImageNet VGG16, both downloaded (700 MB)
     python distill_tinyvae.py --resume    # go on where a run stopped, however it stopped
     python distill_tinyvae.py --data PATH --vgg PATH      # your images, your VGG16 weights
