@@ -1,6 +1,6 @@
 """How fast training is on this device: beside the loop most people would write, and the floor.
 
-    python bench_training.py                  # no data and no weights needed; 6 minutes on 2 cores
+    python bench_training.py                  # no data and no weights needed; some minutes
     python bench_training.py --repeats 3 --seconds 0.5 --no-inference       # quicker, noisier
 
 The straightforward loop is a DataLoader with workers over a torchvision-style dataset with
@@ -115,7 +115,7 @@ class Bench:
     """What all variants share: images, the teacher and its outputs, VGG16, the settings."""
 
     def __init__(self, settings):
-        self.settings = settings
+        self.workers = min(settings.workers, os.cpu_count())
         self.device = pick_device(settings.device)
         self.precision = pick_precision(settings.precision, self.device)
         images = load_training_images(settings.data, settings.limit)
@@ -141,14 +141,13 @@ class Bench:
         """Float images and their indices from a DataLoader, without end, in epochs of CIFAR-10's
         length however few images there are."""
         dataset = PILDataset(self.cpu_images, self.transform)
-        workers = min(self.settings.workers, os.cpu_count())
         loader = DataLoader(
             dataset,
             batch_size=self.recipe.batch_size,
             sampler=RandomSampler(dataset, replacement=True, num_samples=CIFAR10_IMAGES),
             drop_last=True,
-            num_workers=workers,
-            persistent_workers=workers > 0,
+            num_workers=self.workers,
+            persistent_workers=self.workers > 0,
             pin_memory=self.device.type == "cuda",
         )
         return itertools.chain.from_iterable(itertools.repeat(loader))
@@ -464,7 +463,7 @@ def bench_training(settings):
         f"{bench.recipe.batch_size}; VGG16 sees {bench.recipe.perceptual_images or 'all'} of them, "
         "in the straightforward loop all\n"
         f"device      {describe_device(bench.device)}; ours {bench.precision}, straightforward "
-        f"fp32, {min(settings.workers, os.cpu_count())} workers\n"
+        f"fp32, {bench.workers} workers\n"
         f"timing      {settings.repeats} turns of {settings.seconds:g} s for each variant; "
         f"torch {torch.__version__}\n"
     )

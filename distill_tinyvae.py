@@ -4,7 +4,7 @@
     python distill_tinyvae.py             # CIFAR-10 and ImageNet VGG16, both downloaded (700 MB)
     python distill_tinyvae.py --resume    # go on where a run stopped, however it stopped
     python distill_tinyvae.py --data PATH --vgg PATH      # your images, your VGG16 weights
-    torchrun --nproc_per_node=2 distill_tinyvae.py        # on two GPUs, the same result
+    torchrun --nproc_per_node=2 distill_tinyvae.py        # two processes, the same result
     python distill_tinyvae.py --data PATH --limit 5000 --teacher-epochs 5 --epochs 10   # a trial
 
 Stage 1 trains the teacher, stage 2 the student, with five terms:

@@ -68,7 +68,7 @@ def processes(device):
 def first_process_first():
     """The first process goes through the block, then all others, who find what it has cached."""
     if rank():
-        dist.barrier()
+        wait_for_all()
     yield
     if not rank():
         wait_for_all()

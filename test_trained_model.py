@@ -7,8 +7,8 @@
 
 Where no run has left a student in checkpoints/ it takes the released one. Prints two tables, writes
 evaluation.json, and draws reconstructions, interpolations, samples and a latent traversal from test
-images. Takes about a minute on 2 CPU cores for CIFAR-10's 10,000 test images, and three with a
-judge. All errors are of pixels in [0, 1], decoded from mu unless a sample is said.
+images. Takes about a minute on 2 CPU cores for CIFAR-10's 10,000 test images, and three to
+five with a judge. All errors are of pixels in [0, 1], decoded from mu unless a sample is said.
 
 This is a script, not a pytest file; the test suite is test_distillation.py.
 """
