@@ -242,7 +242,7 @@ class Laboratory:
         return row
 
     def train(self, job, make_projection, image_targets, name, unfinished):
-        if self.targets is None:
+        if self.targets is None and job.needs_teacher:
             self.targets = ask_teacher(job, self.teacher)
         targets = self.targets
         if image_targets:

@@ -136,6 +136,7 @@ class Job:
         self.settings, self.device, self.precision = settings, device, precision
         self.images, self.val_images = images.train.to(device), images.val.to(device)
         self.weights = {term: getattr(settings, f"{term}_weight") for term in TERMS}
+        self.needs_teacher = self.weights["latent"] > 0 or self.weights["output"] > 0
         in_force = {
             name: str(value) if isinstance(value, Path) else value
             for name, value in vars(settings).items()
@@ -267,10 +268,13 @@ def ask_teacher(job, teacher):
 
 
 def student_stage(job, targets, vgg, make_projection=LatentProjection):
-    """Stage 2 before its first step: a new student with its criterion and optimiser."""
+    """Stage 2 before its first step: a new student with its criterion and optimiser.
+
+    targets may be None where the weights of the terms that need them are zero.
+    """
     torch.manual_seed(job.settings.seed)
     student = TinyVAE32()
-    projection = make_projection(targets.mu, student.latent_dim)
+    projection = make_projection(targets.mu, student.latent_dim) if job.needs_teacher else None
     perceptual = PerceptualLoss(vgg).to(memory_format=torch.channels_last) if vgg else None
     criterion = DistillationLoss(
         job.weights,
@@ -280,14 +284,15 @@ def student_stage(job, targets, vgg, make_projection=LatentProjection):
         job.settings.perceptual_images // world_size(),  # of this process's share of a batch
         job.settings.latent_fade,
     )
-    fixed = [targets.logits, targets.mu]
+    fixed = [targets.logits, targets.mu] if job.needs_teacher else []
     val_mu = targets.val_mu if job.weights["latent"] else None  # to watch the projection on
     return Stage("student", student, criterion, fixed, job.settings.epochs, job, val_mu)
 
 
 def distil_student(job, teacher, teacher_rows, vgg):
     """Stage 2. Returns the student of the best epoch and the rows of both stages."""
-    stage = student_stage(job, ask_teacher(job, teacher), vgg)
+    targets = ask_teacher(job, teacher) if job.needs_teacher else None
+    stage = student_stage(job, targets, vgg)
     job.resume(stage, "tinyvae_last.pth")
     save_student(stage, job, teacher, teacher_rows)
     for _ in stage.run():

@@ -337,7 +337,8 @@ class DistillationLoss(Criterion):
         weights: a weight for each of `TERMS`.
         latent_fade: share of the steps over which the latent term fades; 0: it never does.
         temperature: T of the output term.
-        projection: a LatentProjection; its parameters are trained with the student's.
+        projection: a LatentProjection; its parameters are trained with the student's. None where
+            neither the latent nor the output weight asks for a teacher.
         perceptual: a PerceptualLoss, or None where that weight is zero.
         perceptual_images: how many images of a batch it sees, the first; 0: all. Batches are
             shuffled, so the term's expectation is the same.
@@ -362,7 +363,9 @@ class DistillationLoss(Criterion):
         if isinstance(self.projection, LatentProjection):
             self.projection.retract()
 
-    def forward(self, images, logits, mean_logits, mu, logvar, teacher_logits, teacher_mu):
+    def forward(
+        self, images, logits, mean_logits, mu, logvar, teacher_logits=None, teacher_mu=None
+    ):
         seen = self.perceptual_images
         functions = {
             "reconstruction": lambda: reconstruction_loss(torch.sigmoid(logits), images),

@@ -1104,6 +1104,15 @@ def test_a_term_can_be_left_out_and_bf16_trains(tmp_path):
     assert row["perceptual"] == row["latent"] == "" != row["output"]
 
 
+def test_a_student_from_scratch_does_not_ask_the_teacher(tmp_path, monkeypatch):
+    monkeypatch.delattr(distill_tinyvae, "ask_teacher")
+    scratch = ("--vgg", "none", "--latent-weight", "0", "--output-weight", "0", "--epochs", "1")
+    distill_tinyvae.main([*TINY, *folders(tmp_path), *scratch, "--teacher-epochs", "1"])
+    header, *_, last = read_rows(tmp_path)
+    row = dict(zip(header, last))
+    assert row["latent"] == row["output"] == row["projected_std"] == "" != row["kl"]
+
+
 # --- Several processes ---
 
 
