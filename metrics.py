@@ -321,19 +321,29 @@ def synchronize(device):
         getattr(torch, device.type).synchronize()
 
 
-@torch.no_grad()
-def seconds_per_batch(vae, images, precision="fp32", repeats=30):
-    """Median time of one encode and decode of a batch of float images, warm and synchronised."""
-    vae.eval()
-    checks, vae.check_range = vae.check_range, False  # looking at the pixels is not the model
+def median_seconds(work, device, repeats=30):
+    """Median time of `work()` on a device, warm and synchronised."""
     times = []
     for i in range(repeats + 5):  # the first five warm up
-        synchronize(images.device)
+        synchronize(device)
         start = time.perf_counter()
-        with autocast(images.device, precision):
-            vae.decode(vae.encode(images)[0])
-        synchronize(images.device)
+        work()
+        synchronize(device)
         if i >= 5:
             times.append(time.perf_counter() - start)
-    vae.check_range = checks
     return statistics.median(times)
+
+
+@torch.no_grad()
+def seconds_per_batch(vae, images, precision="fp32", repeats=30):
+    """Median time of one encode and decode of a batch of float images."""
+    vae.eval()
+    checks, vae.check_range = vae.check_range, False  # looking at the pixels is not the model
+
+    def work():
+        with autocast(images.device, precision):
+            vae.decode(vae.encode(images)[0])
+
+    seconds = median_seconds(work, images.device, repeats)
+    vae.check_range = checks
+    return seconds

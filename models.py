@@ -1,15 +1,18 @@
-"""From a checkpoint to the model it describes, and how large a model is."""
+"""From a checkpoint to the model it describes and the images it knows, and how large a model is."""
 
 import io
 from pathlib import Path
 
 import torch
 
+from data import load_test_images, load_training_images
 from runtime import InputError
 from standard_vae import StandardVAE
 from storage import load_checkpoint
 from tiny_vae_32 import TinyVAE32
 
+BEST_STUDENT = "tinyvae_best.pth"  # what a run leaves, and scripts take if not told otherwise
+RELEASED = Path(__file__).resolve().parent / "checkpoints" / "tinyvae_cifar10.pth"
 MODELS = {"StandardVAE": StandardVAE, "TinyVAE32": TinyVAE32}
 
 
@@ -43,6 +46,46 @@ def load_model(path, expected):
 def find_checkpoint(name, folder):
     """A name is a file in the checkpoint folder, or else a path."""
     return folder / name if (folder / name).exists() or not Path(name).exists() else Path(name)
+
+
+def find_student(name, folder):
+    """The path of a student: the one asked for, or the released one, which comes with this
+    repository, where no run has left another beside it. Prints which."""
+    path = find_checkpoint(name, folder)
+    if name == BEST_STUDENT and not path.exists() and folder.resolve() == RELEASED.parent:
+        print(f"student  {RELEASED}, the released one: no run has left another")
+        return RELEASED
+    print(f"student  {path}")
+    return path
+
+
+def find_images(data, limit, student_path, record):
+    """Training and test images: those of `data`, or what the student was trained on.
+
+    Whoever has only the released student need not have its images: others that are at hand serve
+    to try it, and the figures, the record and the pictures name them.
+
+    Args:
+        data: a source of data.py, or `checkpoint` for the student's own.
+        limit: of the training images; 0: as many as the student saw, or all of `data`.
+        student_path: the student's file.
+        record: what it says of its training.
+    """
+    if data != "checkpoint":
+        sources = [(data, limit)]
+    elif "data" not in record:
+        raise InputError(f"{student_path} does not say its images: name them with --data")
+    else:
+        sources = [(record["data"], limit or record["limit"])]
+        if student_path == RELEASED:
+            sources += [("cifar10", limit), ("dead-leaves", limit or 5000)]
+    for source, count in sources:
+        try:
+            return load_training_images(source, count), load_test_images(source, count)
+        except InputError as error:
+            if source == sources[-1][0]:
+                raise
+            print(f"images   not {source}: {error}")
 
 
 def weight_bytes(model):

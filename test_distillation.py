@@ -1264,7 +1264,7 @@ def test_evaluation_takes_the_architecture_from_the_checkpoint(tmp_path, capsys)
 
 
 def test_the_released_student_is_what_its_card_says(tmp_path, capsys, monkeypatch):
-    released = test_trained_model.RELEASED
+    released = models.RELEASED
     assert released.stat().st_size < 1_300_000
     vae, checkpoint = models.load_model(released, TinyVAE32)
     assert models.count_parameters(vae) == 294_403
@@ -1280,6 +1280,8 @@ def test_the_released_student_is_what_its_card_says(tmp_path, capsys, monkeypatc
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(data, "load_cifar10", no_network)
+    monkeypatch.setattr(models, "RELEASED", tmp_path / "checkpoints" / released.name)
+    storage.save_checkpoint(models.RELEASED, checkpoint)
     test_trained_model.main([*folders(tmp_path), "--limit", "64", "--device", "cpu"])
     printed = capsys.readouterr().out
     assert "the released one" in printed and "not cifar10: CIFAR-10 could not" in printed

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from data import Split, load_test_images, load_training_images, to_float
+from data import Split, to_float
 from losses import PerceptualLoss, load_vgg16
 from metrics import (
     encode_means,
@@ -30,7 +30,15 @@ from metrics import (
     sampled_mse,
     seconds_per_batch,
 )
-from models import count_parameters, find_checkpoint, load_model, weight_bytes
+from models import (
+    BEST_STUDENT,
+    count_parameters,
+    find_checkpoint,
+    find_images,
+    find_student,
+    load_model,
+    weight_bytes,
+)
 from pictures import draw_interpolations, draw_reconstructions, draw_samples, draw_traversal
 from runtime import (
     InputError,
@@ -50,7 +58,7 @@ from vae import PIXEL_VALUES
 HERE = Path(__file__).resolve().parent
 
 # --- What to evaluate ---
-STUDENT = "tinyvae_best.pth"  # a file in the checkpoint folder, or a path; else the released one
+STUDENT = BEST_STUDENT  # a file in the checkpoint folder, or a path; else the released one
 TEACHER = "teacher_vae.pth"  # likewise; left out, and said so, where it is missing
 DATA = "checkpoint"  # what the student was trained on, or cifar10, dead-leaves, or a folder
 LIMIT = 0  # fit PCA to the first N training images; 0: as many as the student saw, or all of DATA
@@ -68,7 +76,6 @@ CHECKPOINT_DIR = HERE / "checkpoints"  # folder of the .pth files
 OUTPUT_DIR = HERE / "outputs"  # folder of evaluation.json and the pictures
 DEMO = False  # evaluate the demo's student, in the demo's folders
 
-RELEASED = HERE / "checkpoints" / "tinyvae_cifar10.pth"  # comes with this repository
 INTERPOLATED = 400  # test images whose pairs are interpolated for the unevenness
 
 DEMO_SETTINGS = {
@@ -140,40 +147,10 @@ def code_row(name, found):
     }
 
 
-def find_student(settings):
-    """The path of the student: the one asked for or, where no run has left one, the released."""
-    path = find_checkpoint(settings.student, settings.checkpoint_dir)
-    released = RELEASED.exists() and settings.student == STUDENT and not settings.demo
-    return RELEASED if released and not path.exists() else path
-
-
-def find_images(settings, student_path, record):
-    """Training and test images, as --data and --limit say or as the student's record does.
-
-    Whoever has only the released student need not have its images: others that are at hand serve
-    to try it, and the figures, the record and the pictures name them.
-    """
-    if settings.data != "checkpoint":
-        sources = [(settings.data, settings.limit)]
-    elif "data" not in record:
-        raise InputError(f"{student_path} does not say its images: name them with --data")
-    else:
-        sources = [(record["data"], settings.limit or record["limit"])]
-        if student_path == RELEASED:
-            sources += [("cifar10", settings.limit), ("dead-leaves", settings.limit or 5000)]
-    for data, limit in sources:
-        try:
-            return load_training_images(data, limit), load_test_images(data, limit)
-        except InputError as error:
-            if data == sources[-1][0]:
-                raise
-            print(f"images   not {data}: {error}")
-
-
 def evaluate(settings):
     device = pick_device(settings.device)
     precision = pick_precision(settings.precision, device)
-    student_path = find_student(settings)
+    student_path = find_student(settings.student, settings.checkpoint_dir)
     teacher_path = find_checkpoint(settings.teacher, settings.checkpoint_dir)
     student, checkpoint = load_model(student_path, TinyVAE32)
     record = checkpoint.get("record", {})
@@ -189,10 +166,8 @@ def evaluate(settings):
         print(f"teacher  {teacher_path}")
     else:
         print(f"teacher  left out: there is no {teacher_path}")
-    released = ", the released one: no run has left another" if student_path == RELEASED else ""
-    print(f"student  {student_path}{released}")
 
-    images, test = find_images(settings, student_path, record)
+    images, test = find_images(settings.data, settings.limit, student_path, record)
     data = images.record["data"]
     train, test = Split(images.train, images.labels).to(device), test.to(device)
     if images.record["pixels_sha256"] != record.get("pixels_sha256"):
