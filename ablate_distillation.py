@@ -16,6 +16,7 @@ trained. Writes ablation.csv and ablation.png, and prints a table. On 2 CPU core
 with VGG16 takes 10 to 16 s per epoch of 10,000 images.
 """
 
+import functools
 import math
 import statistics
 from pathlib import Path
@@ -24,9 +25,8 @@ import numpy as np
 import torch
 from torch import nn
 
-import distill_tinyvae
 from data import Split, load_test_images, load_training_images, to_float
-from distill_tinyvae import RECIPE, Job, ask_teacher, student_stage
+from distill_tinyvae import RECIPE, Job, ask_teacher, settings_for, student_stage, train_once
 from losses import LatentProjection, PerceptualLoss, load_vgg16
 from metrics import (
     EVALUATION_BATCH,
@@ -51,7 +51,7 @@ from runtime import (
     run,
 )
 from standard_vae import StandardVAE
-from storage import check_writable, fingerprint, load_checkpoint, save_checkpoint, write_csv
+from storage import check_writable, fingerprint, save_checkpoint, write_csv
 from tiny_vae_32 import TinyVAE32
 
 HERE = Path(__file__).resolve().parent
@@ -164,7 +164,11 @@ def chosen_variants(settings):
 
 
 class Laboratory:
-    """What all students share: images, the teacher and its outputs, VGG16, the judge."""
+    """What students that are compared share: images, the teacher and its outputs, VGG16, a judge.
+
+    `settings` has data, limit, teacher, vgg, judge, split, epochs, device, precision and the two
+    folders.
+    """
 
     def __init__(self, settings):
         self.settings = settings
@@ -194,73 +198,57 @@ class Laboratory:
         )
         self.judge_record = judge_record
         self.targets = None  # asked for when the first student is trained
-        self.exam_mu = encode_means(self.teacher, self.exam.images)
 
-    def job(self, seed, changes):
-        """The settings of distill_tinyvae.py, changed: what `student_stage` trains by."""
-        settings = parse_flags(vars(distill_tinyvae), [])
-        for name in ("vgg", "limit", "epochs", "checkpoint_dir", "output_dir"):
-            setattr(settings, name, getattr(self.settings, name))
-        for name in ("data", "teacher_epochs", "teacher_kl_weight"):
-            setattr(settings, name, self.teacher_record[name])
-        settings.seed = seed
+    @functools.cached_property
+    def exam_mu(self):
+        return encode_means(self.teacher, self.exam.images)
+
+    def job(self, seed, **changes):
+        """The settings of distill_tinyvae.py, some changed: what `student_stage` trains by."""
+        own = ("vgg", "limit", "epochs", "checkpoint_dir", "output_dir")
+        own = {name: getattr(self.settings, name) for name in own} | {"seed": seed}
         if self.vgg is None:
-            settings.perceptual_weight = 0.0
-        for name, value in changes.items():
-            setattr(settings, name, value)
+            own["perceptual_weight"] = 0.0
+        settings = settings_for(self.teacher_record, **own | changes)
         job = Job(settings, self.device, self.precision, self.images, self.vgg_record)
         job.record["teacher_sha256"] = self.teacher_sha256
         return job
+
+    def targets_for(self, job, image_targets=False):
+        if self.targets is None and job.needs_teacher:
+            self.targets = ask_teacher(job, self.teacher)
+        if image_targets:
+            return self.targets._replace(logits=image_logits(self.train_split.images))
+        return self.targets
 
     def student(
         self, variant, seed, make_projection=LatentProjection, image_targets=False, **changes
     ):
         """One student's row, from the file that holds it, or else trained now."""
-        job = self.job(seed, changes)
+        job = self.job(seed, **changes)
         name = f"{variant}, seed {seed}"
         if variant == "scratch":
             name = f"scratch, KL weight {changes['kl_weight']:.4g}, seed {seed}"
         path = self.settings.checkpoint_dir / "ablation" / f"{name.replace(', ', '_')}.pth"
-        unfinished = path.with_name("unfinished.pth")
-        if path.exists():
-            trained = load_checkpoint(path)
-            job.check_recipe(trained, path, (*RECIPE, "teacher_sha256"))
-        else:
-            trained = self.train(job, make_projection, image_targets, name, unfinished)
-            save_checkpoint(path, trained)
-            unfinished.unlink(missing_ok=True)
-        if self.settings.split not in trained["measured"]:
+
+        def make_stage():
+            targets = self.targets_for(job, image_targets)
+            vgg = self.vgg if job.settings.perceptual_weight else None
+            return student_stage(job, targets, vgg, make_projection)
+
+        trained = train_once(job, name, path, (*RECIPE, "teacher_sha256"), make_stage)
+        measured = trained.setdefault("measured", {})
+        if self.settings.split not in measured:
             vae = load_model(path, TinyVAE32)[0].to(self.device, memory_format=torch.channels_last)
-            trained["measured"][self.settings.split] = self.measure(vae)
+            measured[self.settings.split] = self.measure(vae)
             save_checkpoint(path, trained)
         last = trained["rows"][-1]
         row = {"variant": variant, "seed": seed, "kl_weight": job.settings.kl_weight}
-        row |= {"split": self.settings.split} | trained["measured"][self.settings.split]
+        row |= {"split": self.settings.split} | measured[self.settings.split]
         row |= {"val_mse": last["val_mse"], "val_kl_nats": last["kl_nats"]}
         row["projected_std"] = last.get("projected_std")
         row["seconds"] = round(sum(epoch["seconds"] for epoch in trained["rows"]), 1)
         return row
-
-    def train(self, job, make_projection, image_targets, name, unfinished):
-        if self.targets is None and job.needs_teacher:
-            self.targets = ask_teacher(job, self.teacher)
-        targets = self.targets
-        if image_targets:
-            targets = targets._replace(logits=image_logits(self.train_split.images))
-        print(f"\n{name}")
-        vgg = self.vgg if job.settings.perceptual_weight else None
-        stage = student_stage(job, targets, vgg, make_projection)
-        if unfinished.exists():
-            state = load_checkpoint(unfinished)
-            if state["name"] == name:
-                job.check_recipe(state, unfinished, (*RECIPE, "teacher_sha256"))
-                stage.load_state(state)
-                print(f"goes on after epoch {len(stage.rows)}")
-        for _ in stage.run():
-            save_checkpoint(unfinished, stage.state() | {"name": name, "record": job.record})
-        state = stage.state()
-        kept = ("stage", "architecture", "epoch", "model", "rows")
-        return {key: state[key] for key in kept} | {"record": job.record, "measured": {}}
 
     def measure(self, vae):
         """The figures of a row, in fp32: errors, rate, perception, and what the code resembles."""

@@ -267,13 +267,13 @@ def ask_teacher(job, teacher):
     return Targets(mu, logits, val_mu)
 
 
-def student_stage(job, targets, vgg, make_projection=LatentProjection):
-    """Stage 2 before its first step: a new student with its criterion and optimiser.
+def student_stage(job, targets, vgg, make_projection=LatentProjection, student=None):
+    """Stage 2 before its first step: a new student, or the one given, its criterion and optimiser.
 
     targets may be None where the weights of the terms that need them are zero.
     """
     torch.manual_seed(job.settings.seed)
-    student = TinyVAE32()
+    student = student or TinyVAE32()
     projection = make_projection(targets.mu, student.latent_dim) if job.needs_teacher else None
     perceptual = PerceptualLoss(vgg).to(memory_format=torch.channels_last) if vgg else None
     criterion = DistillationLoss(
@@ -327,6 +327,56 @@ def draw(job, teacher, student, rows, when):
     draw_reconstructions(job.output("reconstruction_test.png"), job.val_images, models, what)
     draw_interpolations(job.output("interpolation_test.png"), job.val_images, models, what)
     draw_curves(job.output("training_curves.png"), rows, f"Distillation on {job.record['data']}")
+
+
+# --- For the scripts that train other students by the same recipe ---
+
+
+def settings_for(teacher_record, **changes):
+    """The settings at the top of this script, for a given teacher and its images, some changed."""
+    settings = parse_flags(globals(), [])
+    known = {name: teacher_record[name] for name in ("data", "teacher_epochs", "teacher_kl_weight")}
+    for name, value in (known | changes).items():
+        setattr(settings, name, value)
+    return settings
+
+
+def train_once(job, name, path, recipe, make_stage):
+    """A trained student: from the file that holds it, or else trained now and written there.
+
+    An interrupted training goes on from its last finished epoch. Raises InputError if the file is
+    of another recipe.
+
+    Args:
+        job: of the student; its record goes into the file.
+        name: what the student is called in the log.
+        path: its file.
+        recipe: the keys of the record that must agree.
+        make_stage: called, without arguments, for a stage that has not begun.
+
+    Returns the file's content: model, architecture, epoch, rows, record.
+    """
+    if path.exists():
+        trained = load_checkpoint(path)
+        job.check_recipe(trained, path, recipe)
+        return trained
+    print(f"\n{name}")
+    stage = make_stage()
+    unfinished = path.with_name("unfinished.pth")
+    if unfinished.exists():
+        state = load_checkpoint(unfinished)
+        if state["name"] == name:
+            job.check_recipe(state, unfinished, recipe)
+            stage.load_state(state)
+            print(f"goes on after epoch {len(stage.rows)}")
+    for _ in stage.run():
+        save_checkpoint(unfinished, stage.state() | {"name": name, "record": job.record})
+    state = stage.state()
+    kept = ("stage", "architecture", "epoch", "model", "rows")
+    trained = {key: state[key] for key in kept} | {"record": job.record}
+    save_checkpoint(path, trained)
+    unfinished.unlink(missing_ok=True)
+    return trained
 
 
 # --- Earlier runs in the same folders ---

@@ -263,6 +263,46 @@ def draw_bars(path, rows, title):
     save_figure(figure, path)
 
 
+def draw_sizes(path, rows, title):
+    """Error against parameters: the whole student, those pruned from it, and fresh ones.
+
+    Args:
+        path: the PNG to write.
+        rows: those of pruning.csv.
+        title: data and budget in a few words.
+    """
+    measures = [("mse", "MSE from mu, pixels in [0, 1]"), ("perceptual", "perceptual distance")]
+    measures = [measure for measure in measures if measure[0] in rows[0]]
+    figure = Figure(figsize=(6 * len(measures), 4.5), layout="constrained")
+    figure.suptitle(title, fontsize=11)
+    whole = rows[0]
+    for ax, (measure, name) in zip(figure.subplots(1, len(measures), squeeze=False)[0], measures):
+        for kind, label, colour in (
+            ("pruned", "pruned, distilled again", "tab:blue"),
+            ("fresh", "from random weights, the same steps", "tab:orange"),
+        ):
+            points = sorted((r["parameters"], r[measure]) for r in rows if r["student"] == kind)
+            if points:
+                ax.plot(*zip(*points), marker="o", color=colour, label=label)
+        ax.plot(
+            whole["parameters"], whole[measure], "k*", markersize=10, label="before pruning"
+        )
+        for row in rows:
+            if row["student"] == "pruned":
+                ax.annotate(
+                    f"−{row['ratio']:.0%}", (row["parameters"], row[measure]), xytext=(0, -12),
+                    textcoords="offset points", fontsize=8, ha="center",
+                )
+        ax.margins(0.1, 0.15)
+        ax.xaxis.set_major_formatter(lambda value, _: f"{value / 1000:.0f}k")
+        ax.set_xlabel("parameters", fontsize=9)
+        ax.set_ylabel(name, fontsize=9)
+        ax.tick_params(labelsize=8)
+        ax.grid(alpha=0.3)
+        ax.legend(fontsize=8)
+    save_figure(figure, path)
+
+
 def label_points(ax, points, colours):
     """Names in a column at the right, in the order of their points' heights, a line to each: points
     may lie as near each other as they like. `points` are (x, y, name)."""

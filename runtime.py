@@ -11,6 +11,7 @@ help and the constant as its default, so that nothing is said twice.
 
 import argparse
 import contextlib
+import importlib
 import importlib.metadata
 import math
 import os
@@ -85,6 +86,11 @@ CHECKS = {
     "workers": at_least(0),
     "seconds": POSITIVE,
     "repeats": at_least(1),
+    "calibration_images": at_least(1),
+    "percentile": (lambda value: 50 < value <= 100, "must be above 50, up to 100"),
+    "fp32_tolerance": POSITIVE,
+    "fp16_tolerance": POSITIVE,
+    "int8_tolerance": POSITIVE,
     "pca_components": (lambda value: 1 <= value <= 3072, "must be between 1 and 3072"),
     "seed": (lambda value: 0 <= value < 2**32, "must be between 0 and 4294967295"),
     "device": one_of("auto", "cuda", "cpu", "mps"),
@@ -261,6 +267,15 @@ def download_timeout(seconds=20):
         yield
     finally:
         socket.setdefaulttimeout(before)
+
+
+def require(module, install):
+    """A module of a package that only some scripts need. Raises InputError that says how to install
+    it where it is missing."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise InputError(f"{module} is needed here ({error}): {install}") from error
 
 
 def import_torchvision():

@@ -4,7 +4,12 @@ The real scripts run here with tiny budgets, in this process where that shows th
 subprocesses where it matters: killed, interrupted, without a network, out of disk space.
 """
 
+import base64
+import contextlib
 import csv
+import functools
+import http.server
+import io
 import json
 import math
 import os
@@ -13,6 +18,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,10 +33,12 @@ import ablate_distillation
 import bench_training
 import data
 import distill_tinyvae
+import export_tinyvae
 import losses
 import metrics
 import models
 import pictures
+import prune_tinyvae
 import runtime
 import storage
 import test_trained_model
@@ -40,7 +48,10 @@ from standard_vae import StandardVAE
 from tiny_vae_32 import TinyVAE32
 
 HERE = Path(__file__).resolve().parent
-SCRIPTS = (distill_tinyvae, test_trained_model, ablate_distillation, bench_training)
+SCRIPTS = (
+    distill_tinyvae, test_trained_model, ablate_distillation, bench_training, export_tinyvae,
+    prune_tinyvae,
+)
 # pytest runs two workers (pyproject.toml): one thread for each of them and of what they start.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -1457,6 +1468,353 @@ def test_the_bench_prints_and_draws_what_it_measures(tmp_path, capsys, monkeypat
         with pytest.raises(InputError, match=message):
             bench_training.main([*flags, *bad])
     assert (tmp_path / "bench_training.png").stat().st_size > 5_000
+
+
+# --- Export ---
+
+
+EXPORT = ("--student", str(models.RELEASED), "--data", "dead-leaves", "--limit", "256")
+
+
+def test_exported_files_are_the_student(tmp_path, capsys):
+    runtime_library = pytest.importorskip("onnxruntime")
+    onnx = pytest.importorskip("onnx")
+    flags = ["--fp16", "--int8", "--int8-tolerance", "0.1", "--onnx-dir", str(tmp_path)]
+    export_tinyvae.main([*EXPORT, *flags])
+    table = capsys.readouterr().out
+    for form in ("PyTorch fp32", "ONNX fp32", "ONNX fp16", "ONNX int8"):
+        assert f"| {form}" in table
+    vae, _ = models.load_model(models.RELEASED, TinyVAE32)
+    size = {path.name: path.stat().st_size for path in tmp_path.iterdir()}
+    assert set(size) == {
+        f"{part}{form}.onnx" for part in ("encoder", "decoder") for form in ("", "_fp16", "_int8")
+    }
+    for part in ("encoder", "decoder"):
+        assert size[f"{part}_fp16.onnx"] < 0.55 * size[f"{part}.onnx"]
+        assert size[f"{part}_int8.onnx"] < 0.30 * size[f"{part}.onnx"]
+
+    def run(name, x):
+        session = runtime_library.InferenceSession(tmp_path / name)
+        (port,) = session.get_inputs()
+        return [torch.from_numpy(found) for found in session.run(None, {port.name: x.numpy()})]
+
+    for count in (1, 3, 70):  # any number of images
+        images = random_images(count)
+        mu, logvar = vae.encode(images)
+        for suffix, tolerance in (("", 1e-4), ("_fp16", 2e-2)):
+            found = run(f"encoder{suffix}.onnx", images)
+            torch.testing.assert_close(found[0], mu, atol=tolerance, rtol=0)
+            torch.testing.assert_close(found[1], logvar, atol=tolerance, rtol=0)
+            (decoded,) = run(f"decoder{suffix}.onnx", mu.detach())
+            torch.testing.assert_close(decoded, vae.decode(mu), atol=tolerance, rtol=0)
+    for name in size:
+        model = onnx.load(tmp_path / name)
+        notes = {note.key: note.value for note in model.metadata_props}
+        assert "[0, 1]" in notes["image"] and notes["student_sha256"] == storage.fingerprint(vae)
+        assert str(HERE).encode() not in (tmp_path / name).read_bytes()
+    kinds = [node.op_type for node in onnx.load(tmp_path / "decoder_int8.onnx").graph.node]
+    assert kinds.count("QuantizeLinear") == 5  # before the linear layer and the four convolutions
+
+
+def test_a_file_that_is_not_the_student_is_not_written(tmp_path, monkeypatch):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    split_vae = export_tinyvae.split_vae
+
+    def damaged(vae):
+        parts = split_vae(vae)
+        with torch.no_grad():
+            parts[1].module.vae.decoder[0].weight[0] += 0.1
+        return parts
+
+    monkeypatch.setattr(export_tinyvae, "split_vae", damaged)
+    with pytest.raises(InputError, match="ONNX fp32 was not written: a value differs"):
+        export_tinyvae.main([*EXPORT, "--onnx-dir", str(tmp_path)])
+    assert not list(tmp_path.iterdir())
+
+
+def test_int8_that_costs_too_much_is_refused():
+    settings = runtime.parse_flags(vars(export_tinyvae), [])
+    form = export_tinyvae.Form("ONNX int8", {}, None, None)
+    found = {"mse": 0.0101, "largest": {"image": 0.5}}
+    export_tinyvae.refuse_difference(form, found, {"mse": 0.01}, settings)
+    with pytest.raises(InputError, match=r"\+3.0%, beyond --int8-tolerance 0.02"):
+        export_tinyvae.refuse_difference(form, found | {"mse": 0.0103}, {"mse": 0.01}, settings)
+
+
+def test_a_missing_package_is_named_with_its_installation(monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxscript", None)  # as if it were not installed
+    with pytest.raises(InputError, match=r"onnxscript.*-r requirements-deploy\.txt"):
+        export_tinyvae.main([*EXPORT])
+    monkeypatch.setitem(sys.modules, "torch_pruning", None)
+    with pytest.raises(InputError, match=r"torch_pruning.*-r requirements-deploy\.txt"):
+        prune_tinyvae.prune(TinyVAE32(), 0.5)
+
+
+def test_executorch_programs_are_the_student(tmp_path, capsys):
+    pytest.importorskip("executorch")
+    flags = ["--executorch", "--int8", "--int8-tolerance", "0.1", "--onnx-dir", str(tmp_path)]
+    export_tinyvae.main([*EXPORT, *flags])  # it compares them with PyTorch
+    assert "| ExecuTorch int8" in capsys.readouterr().out
+    sizes = [(tmp_path / name).stat().st_size for name in ("tinyvae.pte", "tinyvae_int8.pte")]
+    assert sizes[1] < 0.3 * sizes[0] < 400_000
+
+
+# --- Pruning ---
+
+
+def test_channels_that_do_nothing_are_those_that_go():
+    pytest.importorskip("torch_pruning")
+    torch.manual_seed(0)
+    vae = TinyVAE32(6, encoder_channels=(8, 16, 16, 16), decoder_channels=(16, 16, 16, 8))
+    for module in vae.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(module.running_mean)
+            torch.nn.init.uniform_(module.weight, 0.5, 1)
+    encoder, decoder = prune_tinyvae.pruned_widths(vae, 0.6)
+    assert encoder[0] == decoder[3] == 8 and len({*encoder[1:], *decoder[:3]}) == 1
+    width = encoder[1]
+    idle = torch.randperm(16)[width:]  # others in each stage would do as well
+    with torch.no_grad():
+        for i in (1, 2, 3):  # stages of the encoder, with what reads them
+            for layer in vae.encoder[3 * i : 3 * i + 2]:  # the convolution and its BatchNorm
+                layer.weight[idle] = layer.bias[idle] = 0
+            if i < 3:
+                vae.encoder[3 * i + 3].weight[:, idle] = 0
+            vae.encoder[3 * i + 1].running_mean[idle] = 0
+        for reader in (vae.fc_mu, vae.fc_logvar):
+            reader.weight.view(6, 16, 4)[:, idle] = 0
+        vae.decoder_input.weight.view(16, 4, 6)[idle] = 0
+        vae.decoder_input.bias.view(16, 4)[idle] = 0
+        for i in (0, 1, 2):
+            vae.decoder[3 * i].weight[idle] = 0  # reads stage i
+            if i < 2:
+                vae.decoder[3 * i].weight[:, idle] = vae.decoder[3 * i].bias[idle] = 0
+                normal = vae.decoder[3 * i + 1]
+                normal.weight[idle] = normal.bias[idle] = normal.running_mean[idle] = 0
+    images = random_images(4)
+    before = vae.eval()(images)
+    small = prune_tinyvae.prune(vae, 0.6)
+    for found, expected in zip(small(images), before):
+        torch.testing.assert_close(found, expected)
+    assert models.count_parameters(small) <= 0.4 * models.count_parameters(vae)
+    for found, expected in zip(vae(images), before):  # it was left as it was
+        assert torch.equal(found, expected)
+
+
+def test_a_pruned_student_starts_from_the_projection_nearest_to_its_code():
+    mu = random_normal(500, 160) * torch.linspace(3, 0.1, 160)
+    rotated = ablate_distillation.random_projection(mu, 8)(mu)
+    fitted = prune_tinyvae.fitted_projection(rotated)(mu, 8)
+    torch.testing.assert_close(fitted(mu), rotated, atol=1e-3, rtol=0)
+
+
+def test_pruned_students_are_trained_once_and_every_script_loads_them(
+    tiny_run, tmp_path, capsys, monkeypatch
+):
+    pytest.importorskip("torch_pruning")
+    run, _ = tiny_run
+    (tmp_path / "checkpoints").mkdir()
+    for name in ("teacher_vae.pth", "tinyvae_best.pth"):
+        shutil.copy(run / "checkpoints" / name, tmp_path / "checkpoints")
+    flags = [
+        *folders(tmp_path), "--vgg", "none", "--limit", "64", "--epochs", "1", "--ratios", "0.5",
+        "--device", "cpu",
+    ]
+    prune_tinyvae.main(flags)
+    printed = capsys.readouterr().out
+    assert "| pruned, −50%" in printed and "| fresh, −50%" in printed
+    with (tmp_path / "outputs" / "pruning.csv").open() as file:
+        whole, pruned, fresh = csv.DictReader(file)
+    assert int(pruned["parameters"]) <= 0.5 * int(whole["parameters"])
+    assert pruned["channels"] == fresh["channels"] and pruned["mse"] != fresh["mse"]
+    assert (tmp_path / "outputs" / "pruning.png").stat().st_size > 10_000
+
+    monkeypatch.setattr(training.Stage, "train_epoch", None)
+    prune_tinyvae.main(flags)  # nothing is trained again
+    with pytest.raises(InputError, match="epochs was 1, is 2"):
+        prune_tinyvae.main([*flags, "--epochs", "2"])
+    for ratios in ("0.5,1", "half", ""):
+        with pytest.raises(InputError, match="--ratios takes shares"):
+            prune_tinyvae.main([*flags, "--ratios", ratios])
+    path = tmp_path / "checkpoints" / "pruned" / "tinyvae_pruned_0.5.pth"
+    test_trained_model.main([*folders(tmp_path), "--student", str(path), "--limit", "64"])
+    found = json.loads((tmp_path / "outputs" / "evaluation.json").read_text())
+    assert found["results"]["student"]["parameters"] == int(pruned["parameters"])
+
+
+# --- The page ---
+
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+CHROMIUM = next(filter(None, map(shutil.which, BROWSERS)), None)
+
+
+def test_the_pages_models_are_the_released_student():
+    runtime_library = pytest.importorskip("onnxruntime")
+    paths = {name: HERE / "web" / f"{name}.onnx" for name in ("encoder", "decoder")}
+    assert sum(path.stat().st_size for path in paths.values()) < 1_500_000
+    vae, _ = models.load_model(models.RELEASED, TinyVAE32)
+    sessions = {name: runtime_library.InferenceSession(path) for name, path in paths.items()}
+    for session in sessions.values():
+        notes = session.get_modelmeta().custom_metadata_map
+        assert notes["student_sha256"] == storage.fingerprint(vae)
+    images = random_images(2)
+    mu, _ = sessions["encoder"].run(None, {"image": images.numpy()})
+    (decoded,) = sessions["decoder"].run(None, {"latent": mu})
+    torch.testing.assert_close(
+        torch.from_numpy(decoded), vae.decode(vae.encode(images)[0]), atol=1e-5, rtol=0
+    )
+
+
+class QuietHandler(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+
+
+@contextlib.contextmanager
+def served(folder):
+    handler = functools.partial(QuietHandler, directory=str(folder))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/"
+        server.shutdown()
+
+
+@pytest.fixture
+def browser_page():
+    """A tab in headless Chromium that reaches no other machine."""
+    api = pytest.importorskip("playwright.sync_api")
+    if not CHROMIUM:
+        pytest.skip("no Chromium here")
+    with api.sync_playwright() as playwright:
+        # In a container there is no sandbox; without the others it asks for its maker's servers.
+        browser = playwright.chromium.launch(
+            executable_path=CHROMIUM,
+            args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"],
+        )
+        page = browser.new_page()
+        page.route("**://cdn.jsdelivr.net/**", lambda route: route.abort())
+        page.set_default_timeout(60_000)
+        yield page
+        browser.close()
+
+
+def pixels_of(page, selector):
+    """A canvas as uint8, 3×32×32."""
+    rgba = page.eval_on_selector(
+        selector, "c => Array.from(c.getContext('2d').getImageData(0, 0, 32, 32).data)"
+    )
+    return torch.tensor(rgba, dtype=torch.uint8).view(32, 32, 4)[..., :3].permute(2, 0, 1)
+
+
+def wait_until(page, is_so):
+    """The page works while the test goes on: look again until it is so, for ten seconds."""
+    for _ in range(200):
+        if is_so():
+            return
+        page.wait_for_timeout(50)
+    raise AssertionError("it never came to be so")
+
+
+def wait_for_drawn(page, selector, image):
+    """The canvas comes to show this image, N=1, in [0, 1], to the last of its 256 levels."""
+    wanted = 255 * image[0].detach()
+    wait_until(page, lambda: (pixels_of(page, selector).float() - wanted).abs().max() <= 1)
+
+
+def wait_for_text(page, text):
+    wait_until(page, lambda: text in page.inner_text("#what"))
+
+
+DROP = """([id, content]) => {
+    const transfer = new DataTransfer();
+    const bytes = Uint8Array.from(atob(content), (c) => c.charCodeAt(0));
+    transfer.items.add(new File([bytes], "dropped.png", { type: "image/png" }));
+    const event = { dataTransfer: transfer, bubbles: true, cancelable: true };
+    document.getElementById(id).dispatchEvent(new DragEvent("drop", event));
+}"""
+
+
+def test_the_page_draws_what_pytorch_computes(browser_page, tmp_path):
+    page = browser_page
+    if not (HERE / "web" / "vendor").exists():
+        pytest.skip("web/vendor/ does not hold the runtime: the README, Deploy, has the command")
+    vae, _ = models.load_model(models.RELEASED, TinyVAE32)
+    sheet = np.asarray(Image.open(HERE / "web" / "samples.png").convert("RGB"))
+    samples = torch.from_numpy(sheet.copy()).permute(2, 0, 1).unfold(2, 32, 32).permute(2, 0, 1, 3)
+    samples = samples.float() / 255
+    mu, _ = vae.encode(samples)
+
+    errors = []
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    with served(HERE / "web") as address:
+        page.goto(address)
+        page.wait_for_selector("body[data-state=ready]")
+        assert "offline copy" in page.inner_text("#runtime")
+        wait_for_drawn(page, "#slot-a .original", samples[:1])
+        wait_for_drawn(page, "#slot-b .decoded", vae.decode(mu[1:2]))
+        wait_for_drawn(page, "#decoded", vae.decode(mu[:1]))
+        wait_for_text(page, "A, encoded and decoded")
+        mse = (vae.decode(mu[:1]) - samples[:1]).square().mean().item()
+        assert float(page.inner_text("#mse")) == pytest.approx(mse, abs=1e-4)
+        assert re.fullmatch(r"\d+\.\d\d ms", page.inner_text("#decode-ms"))
+
+        page.locator("#between").fill("0.5")
+        middle = (mu[:1] + mu[1:2]) / 2
+        wait_for_drawn(page, "#decoded", vae.decode(middle))
+        page.get_by_label("latent 7", exact=True).fill("3")
+        middle[0, 7] = 3
+        wait_for_drawn(page, "#decoded", vae.decode(middle))
+        wait_for_text(page, "by hand")
+        page.click("#sample")
+        wait_for_text(page, "from the prior")
+        sliders = page.eval_on_selector_all("#latents input", "all => all.map((i) => +i.value)")
+        code = torch.tensor(sliders)  # to a hundredth, which the image hardly shows
+        assert 0.6 < code.std() < 1.4
+        assert (pixels_of(page, "#decoded") / 255 - vae.decode(code[None])[0]).abs().max() < 0.05
+
+        page.click("#slot-b")
+        page.get_by_label("Sample 4").click()
+        wait_for_drawn(page, "#decoded", vae.decode(mu[3:4]))
+
+        # A picture of one's own, opened or dropped: its middle square.
+        wide = np.zeros((32, 64, 3), np.uint8)
+        wide[:, 16:48] = (255 * samples[5].permute(1, 2, 0)).round().numpy()
+        png = io.BytesIO()
+        Image.fromarray(wide).save(png, "PNG")
+        upload = {"name": "mine.png", "mimeType": "image/png", "buffer": png.getvalue()}
+        page.set_input_files("#file", upload)
+        wait_for_drawn(page, "#slot-b .original", samples[5:6])
+        wait_for_drawn(page, "#decoded", vae.decode(mu[5:6]))
+        page.evaluate(DROP, ["slot-a", base64.b64encode(png.getvalue()).decode()])
+        wait_for_drawn(page, "#slot-a .decoded", vae.decode(mu[5:6]))
+        page.set_input_files("#file", upload | {"name": "note.png", "buffer": b"not a picture"})
+        wait_for_text(page, "note.png is not a picture")
+    assert not errors
+
+
+def test_the_page_says_what_it_lacks(browser_page, tmp_path):
+    site = tmp_path / "web"
+    site.mkdir()
+    for name in ("index.html", "style.css", "app.js"):
+        shutil.copy(HERE / "web" / name, site)
+    cases = [(None, "runtime could not be loaded")]
+    if (HERE / "web" / "vendor").exists():
+        cases += [
+            ("vendor", "encoder.onnx could not be loaded (404)"),
+            ("encoder.onnx", "decoder.onnx is not a model"),
+        ]
+    (site / "decoder.onnx").write_bytes(b"no model")
+    with served(site) as address:
+        for added, message in cases:
+            if added:
+                (site / added).symlink_to(HERE / "web" / added)
+            browser_page.goto(address)
+            browser_page.wait_for_selector("body[data-state=error]")
+            assert message in browser_page.inner_text("#status")
+    browser_page.goto((site / "index.html").as_uri())
+    assert "python -m http.server" in browser_page.inner_text("#status")
 
 
 # --- The README ---
