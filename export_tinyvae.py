@@ -171,10 +171,10 @@ def to_fp16(model):
         return float16.convert_float_to_float16(copy.deepcopy(model), keep_io_types=True)
 
 
-def to_int8(model, part, examples, percentile):
+def to_int8(model, part, examples, percentile, source):
     """Weights and the inputs of convolutions and linear layers in INT8, calibrated on examples.
 
-    What comes out of them stays floating point up to the next: SiLU and sigmoid are not worth a
+    `source` says in the metadata what the examples are. What comes out of them stays floating point up to the next: SiLU and sigmoid are not worth a
     rounding, nor is the code.
     """
     quantization = require("onnxruntime.quantization", INSTALL)
@@ -204,6 +204,7 @@ def to_int8(model, part, examples, percentile):
             extra_options={
                 "ActivationSymmetric": True,
                 "WeightSymmetric": True,
+                "QuantizeBias": False,  # TensorRT takes biases in floating point alone
                 "OpTypesToExcludeOutputQuantization": layers,
                 "CalibPercentile": percentile,
             },
@@ -211,6 +212,7 @@ def to_int8(model, part, examples, percentile):
         quantised = onnx.load(path)
     strip(quantised)
     quantised.metadata_props.extend(model.metadata_props)
+    quantised.metadata_props.add(key="calibrated_on", value=f"{len(examples)} images of {source}")
     return quantised
 
 
@@ -405,10 +407,10 @@ def table_row(form, found, size, true):
 # --- All together ---
 
 
-def make_forms(vae, record, train_images, settings):
-    """The forms asked for, one at a time, PyTorch's first."""
+def make_forms(vae, record, images, settings):
+    """The forms asked for, one at a time, PyTorch's first; INT8 calibrated on training `images`."""
     yield pytorch_form(vae)
-    calibration = spread(train_images, settings.calibration_images)
+    calibration = spread(images.train, settings.calibration_images)
     examples = {
         "encoder": to_float(calibration).contiguous(),
         "decoder": encode_means(vae, calibration),
@@ -420,7 +422,9 @@ def make_forms(vae, record, train_images, settings):
         yield onnx_form("ONNX fp16", "_fp16", {name: to_fp16(models[name]) for name in parts})
     if settings.int8:
         int8 = {
-            name: to_int8(models[name], part, examples[name], settings.percentile)
+            name: to_int8(
+                models[name], part, examples[name], settings.percentile, images.record["data"]
+            )
             for name, part in parts.items()
         }
         yield onnx_form("ONNX int8", "_int8", int8)
@@ -457,7 +461,7 @@ def export(settings):
     )
     vae.check_range = False
     reference, rows, written, true = None, [], [], None
-    for form in make_forms(vae, record, images.train, settings):
+    for form in make_forms(vae, record, images, settings):
         reference = reference or form
         found = measure(form, reference, test.images)
         true = true or found

@@ -3,8 +3,8 @@
     python prune_tinyvae.py --vgg PATH                   # the students of RATIOS, and fresh ones
     python prune_tinyvae.py --vgg none --ratios 0.5 --epochs 1 --no-fresh          # a trial
     python prune_tinyvae.py --vgg PATH --split test      # the final figures of those trained
-    python test_trained_model.py --student checkpoints/pruned/tinyvae_pruned_0.625.pth
-    python export_tinyvae.py --student checkpoints/pruned/tinyvae_pruned_0.625.pth --int8
+    python test_trained_model.py --student checkpoints/pruned/tinyvae_pruned_0.6.pth
+    python export_tinyvae.py --student checkpoints/pruned/tinyvae_pruned_0.6.pth --int8
 
 Whole channels go, those of the smallest weights (torch-pruning), so that what is left is a
 TinyVAE32 with other channel numbers: smaller, faster, and loaded by every script. The 64 latents
@@ -38,7 +38,7 @@ HERE = Path(__file__).resolve().parent
 
 # --- What is pruned ---
 STUDENT = BEST_STUDENT  # a file in the checkpoint folder, or a path; else the released one
-RATIOS = "0.4,0.625,0.8"  # shares of the parameters that go, a student each, separated by commas
+RATIOS = "0.4,0.6,0.8"  # shares of the parameters that go, a student each, separated by commas
 FRESH = True  # beside each, a student of its size from random weights
 
 # --- Distillation, with the weights and the batch size at the top of distill_tinyvae.py ---

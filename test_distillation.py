@@ -1511,6 +1511,7 @@ def test_exported_files_are_the_student(tmp_path, capsys):
         model = onnx.load(tmp_path / name)
         notes = {note.key: note.value for note in model.metadata_props}
         assert "[0, 1]" in notes["image"] and notes["student_sha256"] == storage.fingerprint(vae)
+        assert (notes.get("calibrated_on") == "256 images of dead-leaves") == ("int8" in name)
         assert str(HERE).encode() not in (tmp_path / name).read_bytes()
     kinds = [node.op_type for node in onnx.load(tmp_path / "decoder_int8.onnx").graph.node]
     assert kinds.count("QuantizeLinear") == 5  # before the linear layer and the four convolutions
