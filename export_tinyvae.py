@@ -174,8 +174,8 @@ def to_fp16(model):
 def to_int8(model, part, examples, percentile, source):
     """Weights and the inputs of convolutions and linear layers in INT8, calibrated on examples.
 
-    `source` says in the metadata what the examples are. What comes out of them stays floating point up to the next: SiLU and sigmoid are not worth a
-    rounding, nor is the code.
+    What comes out of them stays floating point up to the next: SiLU and sigmoid are not worth a
+    rounding, nor is the code. `source` says, in the metadata, what the examples are.
     """
     quantization = require("onnxruntime.quantization", INSTALL)
     onnx = require("onnx", INSTALL)
