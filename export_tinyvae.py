@@ -112,19 +112,33 @@ class Part:
 
 
 def split_vae(vae):
+    """Both halves of a copy, BatchNorm folded into the convolutions."""
     vae = copy.deepcopy(vae).eval()
     vae.check_range = False
+    vae.encoder, vae.decoder = fold_batch_norm(vae.encoder), fold_batch_norm(vae.decoder)
     return [
         Part("encoder", vae, torch.rand(2, 3, 32, 32)),
         Part("decoder", vae, torch.randn(2, vae.latent_dim)),
     ]
 
 
+def fold_batch_norm(layers):
+    """The same function without BatchNorm, which becomes part of the convolution before it."""
+    folded = []
+    for layer in layers:
+        if isinstance(layer, nn.BatchNorm2d):
+            transposed = isinstance(folded[-1], nn.ConvTranspose2d)
+            folded[-1] = fuse_conv_bn_eval(folded[-1], layer, transposed)
+        else:
+            folded.append(layer)
+    return nn.Sequential(*folded)
+
+
 # --- ONNX ---
 
 
 def to_onnx(part, vae, record):
-    """An ONNX model, BatchNorm folded into the convolutions, without the exporter's notes."""
+    """An ONNX model without the exporter's notes."""
     with silence():
         program = torch.onnx.export(
             part.module,
@@ -229,18 +243,6 @@ def silence():
 # --- ExecuTorch ---
 
 
-def fold_batch_norm(layers):
-    """The same function without BatchNorm, which becomes part of the convolution before it."""
-    folded = []
-    for layer in layers:
-        if isinstance(layer, nn.BatchNorm2d):
-            transposed = isinstance(folded[-1], nn.ConvTranspose2d)
-            folded[-1] = fuse_conv_bn_eval(folded[-1], layer, transposed)
-        else:
-            folded.append(layer)
-    return nn.Sequential(*folded)
-
-
 def to_executorch(vae, examples, is_int8):
     """The bytes of a program with two methods, `encode` and `decode`, for XNNPACK, batches to 64.
 
@@ -257,8 +259,6 @@ def to_executorch(vae, examples, is_int8):
         exir = require("executorch.exir", install)
         pt2e = require("torchao.quantization.pt2e.quantize_pt2e", install)
 
-        vae = copy.deepcopy(vae)
-        vae.encoder, vae.decoder = fold_batch_norm(vae.encoder), fold_batch_norm(vae.decoder)
         sizes = ({0: torch.export.Dim("batch", min=1, max=64)},)
         methods = {}
         for part, method in zip(split_vae(vae), ("encode", "decode")):

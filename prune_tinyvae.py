@@ -46,7 +46,7 @@ DATA = "teacher"  # what the teacher was trained on, or cifar10, dead-leaves, or
 LIMIT = 0  # train on the first N images; 0 uses all
 TEACHER = "teacher_vae.pth"  # a file in the checkpoint folder, or a path
 VGG = "imagenet"  # VGG16 of the perceptual term: imagenet, random, none, or a state dict's path
-EPOCHS = 10  # epochs of each student
+EPOCHS = 5  # epochs of each student
 LEARNING_RATE = 1e-3  # Adam's, at the peak
 SEED = 0  # of weights, image order and latent samples
 
