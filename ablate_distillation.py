@@ -187,17 +187,21 @@ class Laboratory:
         else:
             self.exam = load_test_images(data, settings.limit).to(self.device)
         self.vgg, self.vgg_record = load_vgg16(settings.vgg)
-        judge, judge_record = load_vgg16(settings.judge)
-        if judge and judge_record["vgg_sha256"] == self.vgg_record["vgg_sha256"]:
+        judge, self.judge_record = load_vgg16(settings.judge)
+        self.refuse_judge_of(self.vgg_record)
+        self.judge = judge and PerceptualLoss(judge).to(
+            self.device, memory_format=torch.channels_last
+        )
+        self.targets = None  # asked for when the first student is trained
+
+    def refuse_judge_of(self, record):
+        """Raise InputError if the judge is the VGG16 that a student with this record knows."""
+        sha256 = self.judge_record["vgg_sha256"]
+        if sha256 and sha256 == record.get("vgg_sha256"):
             raise InputError(
                 "--judge holds the weights that the students are trained with, which cannot judge "
                 "them: name others, or --judge none"
             )
-        self.judge = judge and PerceptualLoss(judge).to(
-            self.device, memory_format=torch.channels_last
-        )
-        self.judge_record = judge_record
-        self.targets = None  # asked for when the first student is trained
 
     @functools.cached_property
     def exam_mu(self):

@@ -71,8 +71,10 @@ REPEATS = 5  # every variant takes its turn in each
 # --- Files ---
 OUTPUT_DIR = HERE / "outputs"  # folder of bench_training.csv and bench_training.png
 
-BATCHES = (1, 64, 1024)  # images at once in inference
-CIFAR10_IMAGES = 45_000  # what a run on CIFAR-10 trains on
+# Images at once in inference.
+BATCHES = (1, 64, 1024)
+# What a run on CIFAR-10 trains on.
+CIFAR10_IMAGES = 45_000
 COLUMNS = ("stage", "variant", "ms_per_step", "spread_ms", "ratio", "precision", "device")
 
 # What we do that the straightforward loop does not.

@@ -286,6 +286,11 @@ def to_float(images):
     return images.to(torch.float32, memory_format=torch.channels_last).div_(255)
 
 
+def spread(images, count):
+    """`count` images spread evenly over a split: the same ones each time."""
+    return images[torch.linspace(0, len(images) - 1, min(count, len(images))).long()]
+
+
 def shuffled_batches(count, batch_size, generator):
     """Indices of one epoch's batches, as a tensor steps×batch_size.
 

@@ -124,7 +124,11 @@ RECIPE = (
 IN_WORDS = {
     "pixels_sha256": "the training images differ",
     "vgg_sha256": "VGG16's weights differ",
+    "teacher_sha256": "the teacher differs",
+    "start": "the weights it starts from differ",
+    "architecture": "the channels differ",
 }
+REMEDY = "--overwrite to start anew, or another --checkpoint-dir and --output-dir"
 
 # --- The whole job ---
 
@@ -167,7 +171,7 @@ class Job:
     def write_table(self, rows):
         write_csv(self.output("metrics.csv"), COLUMNS, rows)
 
-    def check_recipe(self, checkpoint, path, recipe):
+    def check_recipe(self, checkpoint, path, recipe, remedy=REMEDY):
         """Raise InputError if a checkpoint stems from other settings than this run's."""
         try:
             earlier = checkpoint["record"]
@@ -181,7 +185,7 @@ class Job:
         if changed:
             raise InputError(
                 f"{path} comes from other settings ({'; '.join(changed)}): use those again, "
-                "--overwrite to start anew, or another --checkpoint-dir and --output-dir"
+                f"{remedy}"
             )
 
     def check_earlier_run(self):
@@ -356,21 +360,20 @@ def train_once(job, name, path, recipe, make_stage):
 
     Returns the file's content: model, architecture, epoch, rows, record.
     """
+    unfinished = path.with_suffix(".unfinished.pth")
+    for earlier in (path, unfinished):
+        if earlier.exists():
+            remedy = "or move the file away to train it anew"
+            job.check_recipe(load_checkpoint(earlier), earlier, recipe, remedy)
     if path.exists():
-        trained = load_checkpoint(path)
-        job.check_recipe(trained, path, recipe)
-        return trained
+        return load_checkpoint(path)
     print(f"\n{name}")
     stage = make_stage()
-    unfinished = path.with_name("unfinished.pth")
     if unfinished.exists():
-        state = load_checkpoint(unfinished)
-        if state["name"] == name:
-            job.check_recipe(state, unfinished, recipe)
-            stage.load_state(state)
-            print(f"goes on after epoch {len(stage.rows)}")
+        stage.load_state(load_checkpoint(unfinished))
+        print(f"goes on after epoch {len(stage.rows)}")
     for _ in stage.run():
-        save_checkpoint(unfinished, stage.state() | {"name": name, "record": job.record})
+        save_checkpoint(unfinished, stage.state() | {"record": job.record})
     state = stage.state()
     kept = ("stage", "architecture", "epoch", "model", "rows")
     trained = {key: state[key] for key in kept} | {"record": job.record}

@@ -4,39 +4,51 @@
     python export_tinyvae.py --fp16 --int8        # half precision and INT8 beside them
     python export_tinyvae.py --int8 --executorch  # and tinyvae.pte, tinyvae_int8.pte
     python export_tinyvae.py --web                # renew what the page in web/ shows
-    python export_tinyvae.py --student PATH --onnx-dir onnx/mine --data PATH
+    python export_tinyvae.py --student PATH --export-dir onnx/mine --data PATH
 
 The encoder takes an image to mu and logvar, the decoder a latent to an image; images are float32,
-N×3×32×32, RGB in [0, 1], for any N. Each file says so in its metadata. INT8 is static, with
-quantise and dequantise nodes (QDQ), symmetric, one scale a channel for weights, and calibrated on
-training images: what TensorRT and ONNX Runtime read.
+N×3×32×32, RGB in [0, 1], for any N (to 64 in a .pte). ONNX files say so in their metadata. INT8 is
+static, with quantise and dequantise nodes (QDQ), symmetric, one scale a channel for weights, and
+calibrated on training images: what TensorRT and ONNX Runtime read.
 
-Every form is run on the test images and compared with PyTorch before it is written; one that
-differs by more than its tolerance is refused. Prints a table. Takes a minute or two on a CPU.
-Needs `pip install -r requirements-deploy.txt`, and for --executorch `pip install executorch`.
+Every form is run on the test images and compared with PyTorch, fp32 and fp16 value by value, INT8
+by error and rate; if one is beyond its tolerance, nothing is written. Prints a table. Takes a
+minute or two on a CPU. Needs `pip install -r requirements-deploy.txt`, and for --executorch
+`pip install executorch`.
 """
 
 import contextlib
 import copy
+import dataclasses
 import io
+import json
 import logging
 import tempfile
 import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
+from PIL import Image
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from data import to_float
+from data import spread, to_float
+from losses import kl_divergence
 from metrics import encode_means, evaluate_images, median_seconds
-from models import BEST_STUDENT, find_images, find_student, load_model, weight_bytes
-from pictures import spread
+from models import (
+    BEST_STUDENT,
+    count_parameters,
+    find_images,
+    find_student,
+    load_model,
+    weight_bytes,
+)
 from runtime import InputError, describe_device, parse_flags, print_table, require, run
 from standard_vae import StandardVAE
 from storage import check_writable, fingerprint, write_bytes
 from tiny_vae_32 import TinyVAE32
+from vae import IMAGE_SHAPE
 
 HERE = Path(__file__).resolve().parent
 
@@ -53,28 +65,33 @@ LIMIT = 0  # use the first N training images; 0: as many as the student saw, or 
 CALIBRATION_IMAGES = 512  # training images that INT8's ranges are taken from
 PERCENTILE = 99.99  # of activations that INT8's ranges cover: a few large ones cost all others
 
-# --- Tolerances: a form beyond its own is refused ---
+# --- Tolerances: if a form is beyond its own, nothing is written ---
 FP32_TOLERANCE = 1e-4  # largest difference of any mu, logvar or pixel from PyTorch's
 FP16_TOLERANCE = 3e-2  # the same in half precision
-INT8_TOLERANCE = 0.02  # how much the mean squared error may rise, as a share
+INT8_TOLERANCE = 0.02  # how much error may rise and rate change, as a share
 
 # --- Files ---
 CHECKPOINT_DIR = HERE / "checkpoints"  # folder of the .pth files
-ONNX_DIR = HERE / "onnx"  # folder of what is exported
+EXPORT_DIR = HERE / "onnx"  # folder of what is exported
 
 WEB_DIR = HERE / "web"
-WEB_SAMPLES = 10  # test images that the page offers
-OPSET = 20  # of ONNX: recent enough for all, old enough for TensorRT 10
-INSTALL = "pip install -r requirements-deploy.txt"
-BATCHES = (1, 64)  # images at once when speed is measured
+# Test images that the page offers.
+WEB_EXAMPLES = 10
+# Of ONNX: recent enough for all, old enough for TensorRT 10.
+OPSET = 20
+# Images at once when speed is measured.
+BATCHES = (1, 64)
 
 
 class Encoder(nn.Module):
     """image → (mu, logvar)"""
 
+    name, input, outputs = "encoder", "image", ["mu", "logvar"]
+
     def __init__(self, vae):
         super().__init__()
         self.vae = vae
+        self.example = torch.rand(2, *IMAGE_SHAPE)
 
     def forward(self, image):
         return self.vae.encode(image)
@@ -83,9 +100,12 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """latent → image"""
 
+    name, input, outputs = "decoder", "latent", ["image"]
+
     def __init__(self, vae):
         super().__init__()
         self.vae = vae
+        self.example = torch.randn(2, vae.latent_dim)
 
     def forward(self, latent):
         return self.vae.decode(latent)
@@ -100,26 +120,12 @@ PORTS = {
 }
 
 
-class Part:
-    """One half of a VAE: its module, an example of its input, and the names of its ports."""
-
-    def __init__(self, name, vae, example):
-        self.name = name
-        self.module = (Encoder if name == "encoder" else Decoder)(vae).eval()
-        self.example = example
-        self.input = "image" if name == "encoder" else "latent"
-        self.outputs = ["mu", "logvar"] if name == "encoder" else ["image"]
-
-
 def split_vae(vae):
-    """Both halves of a copy, BatchNorm folded into the convolutions."""
+    """Encoder and decoder of a copy, BatchNorm folded into the convolutions."""
     vae = copy.deepcopy(vae).eval()
     vae.check_range = False
     vae.encoder, vae.decoder = fold_batch_norm(vae.encoder), fold_batch_norm(vae.decoder)
-    return [
-        Part("encoder", vae, torch.rand(2, 3, 32, 32)),
-        Part("decoder", vae, torch.randn(2, vae.latent_dim)),
-    ]
+    return [Encoder(vae).eval(), Decoder(vae).eval()]
 
 
 def fold_batch_norm(layers):
@@ -141,7 +147,7 @@ def to_onnx(part, vae, record):
     """An ONNX model without the exporter's notes."""
     with silence():
         program = torch.onnx.export(
-            part.module,
+            part,
             (part.example,),
             dynamo=True,
             external_data=False,
@@ -180,7 +186,7 @@ def describe(model, part, vae, record):
 
 def to_fp16(model):
     """Half-precision weights and arithmetic; inputs and outputs stay float32."""
-    float16 = require("onnxruntime.transformers.float16", INSTALL)
+    float16 = require("onnxruntime.transformers.float16")
     with silence():
         return float16.convert_float_to_float16(copy.deepcopy(model), keep_io_types=True)
 
@@ -191,8 +197,8 @@ def to_int8(model, part, examples, percentile, source):
     What comes out of them stays floating point up to the next: SiLU and sigmoid are not worth a
     rounding, nor is the code. `source` says, in the metadata, what the examples are.
     """
-    quantization = require("onnxruntime.quantization", INSTALL)
-    onnx = require("onnx", INSTALL)
+    quantization = require("onnxruntime.quantization")
+    onnx = require("onnx")
 
     class Examples(quantization.CalibrationDataReader):
         def __init__(self):
@@ -234,36 +240,40 @@ def to_int8(model, part, examples, percentile, source):
 def silence():
     """Without what the quantisers say of themselves."""
     logging.disable(logging.WARNING)
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        yield
-    logging.disable(logging.NOTSET)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 # --- ExecuTorch ---
 
 
-def to_executorch(vae, examples, is_int8):
+def executorch(module):
+    return require(module, "pip install executorch")
+
+
+def to_executorch(parts, examples=None):
     """The bytes of a program with two methods, `encode` and `decode`, for XNNPACK, batches to 64.
 
     Args:
-        vae: the student.
-        examples: name of a part → its input for calibration.
-        is_int8: weights and activations in INT8, transposed convolutions among them.
+        parts: encoder and decoder.
+        examples: name of a part → its input, to calibrate INT8 on: weights and activations, those
+            of transposed convolutions among them. None: fp32.
     """
     with silence():
-        xnnpack = "executorch.backends.xnnpack"
-        install = "pip install executorch"
-        partitioner = require(f"{xnnpack}.partition.xnnpack_partitioner", install)
-        quantizer = require(f"{xnnpack}.quantizer.xnnpack_quantizer", install)
-        exir = require("executorch.exir", install)
-        pt2e = require("torchao.quantization.pt2e.quantize_pt2e", install)
+        partitioner = executorch("executorch.backends.xnnpack.partition.xnnpack_partitioner")
+        quantizer = executorch("executorch.backends.xnnpack.quantizer.xnnpack_quantizer")
+        exir = executorch("executorch.exir")
+        pt2e = executorch("torchao.quantization.pt2e.quantize_pt2e")
 
         sizes = ({0: torch.export.Dim("batch", min=1, max=64)},)
         methods = {}
-        for part, method in zip(split_vae(vae), ("encode", "decode")):
-            program = torch.export.export(part.module, (part.example,), dynamic_shapes=sizes)
-            if is_int8:
+        for part, method in zip(parts, ("encode", "decode")):
+            program = torch.export.export(part, (part.example,), dynamic_shapes=sizes)
+            if examples:
                 scheme = quantizer.get_symmetric_quantization_config(is_per_channel=True)
                 observed = pt2e.prepare_pt2e(
                     program.module(), quantizer.XNNPACKQuantizer().set_global(scheme)
@@ -282,17 +292,14 @@ def to_executorch(vae, examples, is_int8):
 # --- Running what was exported ---
 
 
-class Form(NamedTuple):
+@dataclasses.dataclass(eq=False)
+class Form:
     """A student in one form: its files, and how to run it on float images and latents."""
 
     name: str
-    files: dict     # name → bytes, before they are written
-    encode: object  # images → (mu, logvar)
-    decode: object  # latents → images
-
-
-def pytorch_form(vae):
-    return Form("PyTorch fp32", {}, vae.encode, vae.decode)
+    files: dict        # name → bytes, before they are written
+    encode: Callable   # images → (mu, logvar)
+    decode: Callable   # latents → images
 
 
 def onnx_form(name, suffix, models):
@@ -302,7 +309,7 @@ def onnx_form(name, suffix, models):
         name, suffix: of the form, and of its files.
         models: part → ONNX model.
     """
-    runtime = require("onnxruntime", INSTALL)
+    runtime = require("onnxruntime")
     options = runtime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = 1, 3
     files, sessions = {}, {}
@@ -327,8 +334,9 @@ def onnx_form(name, suffix, models):
 
 def executorch_form(name, file, content):
     with silence():
-        runtime = require("executorch.runtime", "pip install executorch").Runtime.get()
-        program = runtime.load_program(content)
+        bindings = executorch("executorch.extension.pybindings.portable_lib")
+        bindings._unsafe_reset_threadpool(1)  # unsafe while a program runs; none does yet
+        program = executorch("executorch.runtime").Runtime.get().load_program(content)
         methods = {method: program.load_method(method) for method in ("encode", "decode")}
 
     def call(method, x):
@@ -352,8 +360,9 @@ def executorch_form(name, file, content):
 
 @torch.no_grad()
 def measure(form, reference, images):
-    """What the table says of a form: error, largest differences from `reference`, speed."""
-    largest = {"mu": 0.0, "logvar": 0.0, "image": 0.0}
+    """What the table says of a form: error, rate, largest differences from `reference`, speed."""
+    largest = {port: torch.zeros(()) for port in ("mu", "logvar", "image")}
+    rates = []
 
     def reconstruct(batch):
         mu, logvar = form.encode(batch)
@@ -361,11 +370,14 @@ def measure(form, reference, images):
         true_mu, true_logvar = reference.encode(batch)
         true = {"mu": true_mu, "logvar": true_logvar, "image": reference.decode(true_mu)}
         for port in largest:
-            difference = (found[port] - true[port]).abs().max().item()
-            largest[port] = max(largest[port], difference)
+            difference = (found[port] - true[port]).abs().max()
+            largest[port] = torch.maximum(largest[port], difference)  # NaN, if there is one
+        rates.append(kl_divergence(mu, logvar).sum(1))
         return found["image"]
 
-    found = evaluate_images(reconstruct, images) | {"largest": largest}
+    found = evaluate_images(reconstruct, images)
+    found["kl_nats"] = torch.cat(rates).mean().item()
+    found["largest"] = {port: value.item() for port, value in largest.items()}
     for batch in BATCHES:
         some = to_float(images[:batch]).contiguous()
         seconds = median_seconds(lambda some=some: form.decode(form.encode(some)[0]), some.device)
@@ -375,32 +387,39 @@ def measure(form, reference, images):
 
 def refuse_difference(form, found, true, settings):
     """Raise InputError for a form that is not the student it was made from."""
-    largest = max(found["largest"].values())
-    rise = found["mse"] / true["mse"] - 1
     if "int8" in form.name:
-        within = rise <= settings.int8_tolerance
-        said = f"its error is {rise:+.1%}, beyond --int8-tolerance {settings.int8_tolerance:g}"
+        changes = {
+            "error": found["mse"] / true["mse"] - 1,
+            "rate": abs(found["kl_nats"] / true["kl_nats"] - 1),
+        }
+        flag, what, value = "int8_tolerance", *max(changes.items(), key=lambda change: change[1])
+        said = f"its {what} differs by {value:.1%}"
+        within = all(change <= settings.int8_tolerance for change in changes.values())
     else:
         flag = "fp16_tolerance" if "fp16" in form.name else "fp32_tolerance"
-        within = largest <= getattr(settings, flag)
-        said = (
-            f"a value differs from PyTorch's by {largest:.2g}, beyond "
-            f"--{flag.replace('_', '-')} {getattr(settings, flag):g}"
+        within = all(value <= getattr(settings, flag) for value in found["largest"].values())
+        said = "a value differs from PyTorch's by " + ", ".join(
+            f"{value:.2g} ({port})" for port, value in found["largest"].items()
         )
     if not within:
-        raise InputError(f"{form.name} was not written: {said}")
+        raise InputError(
+            f"nothing was written, since {form.name} is not the student: {said}, beyond "
+            f"--{flag.replace('_', '-')} {getattr(settings, flag):g}; export without that form, "
+            "or allow for more"
+        )
 
 
-def table_row(form, found, size, true):
+def table_row(form, found, size, teacher_size, true):
     largest = found["largest"]
     return {
         "form": form.name,
         "bytes": f"{size:,}",
-        "smaller than the teacher": f"{weight_bytes(StandardVAE()) / size:.0f}×",
+        "smaller": f"{teacher_size / size:.0f}×",
         "MSE": f"{found['mse']:.5f}",
         "vs PyTorch": f"{found['mse'] / true['mse'] - 1:+.2%}",
-        **{f"largest, {port}": f"{largest[port]:.1e}" for port in largest},
-        **{f"ms/image, batch {batch}": f"{found[f'ms_{batch}']:.3f}" for batch in BATCHES},
+        "KL, nats": f"{found['kl_nats']:.1f}",
+        **{f"Δ {port}": f"{largest[port]:.0e}" for port in largest},
+        **{f"ms/image, {batch} at once": f"{found[f'ms_{batch}']:.3f}" for batch in BATCHES},
     }
 
 
@@ -408,82 +427,91 @@ def table_row(form, found, size, true):
 
 
 def make_forms(vae, record, images, settings):
-    """The forms asked for, one at a time, PyTorch's first; INT8 calibrated on training `images`."""
-    yield pytorch_form(vae)
-    calibration = spread(images.train, settings.calibration_images)
-    examples = {
-        "encoder": to_float(calibration).contiguous(),
-        "decoder": encode_means(vae, calibration),
-    }
+    """The forms asked for, one at a time; INT8 is calibrated on training `images`."""
     parts = {part.name: part for part in split_vae(vae)}
     models = {name: to_onnx(part, vae, record) for name, part in parts.items()}
     yield onnx_form("ONNX fp32", "", models)
     if settings.fp16:
         yield onnx_form("ONNX fp16", "_fp16", {name: to_fp16(models[name]) for name in parts})
+    examples = None
     if settings.int8:
+        calibration = spread(images.train, settings.calibration_images)
+        examples = {
+            "encoder": to_float(calibration).contiguous(),
+            "decoder": encode_means(vae, calibration),
+        }
+        source = images.record["data"]
         int8 = {
-            name: to_int8(
-                models[name], part, examples[name], settings.percentile, images.record["data"]
-            )
+            name: to_int8(models[name], part, examples[name], settings.percentile, source)
             for name, part in parts.items()
         }
         yield onnx_form("ONNX int8", "_int8", int8)
     if settings.executorch:
-        for name, file in (("fp32", "tinyvae.pte"), ("int8", "tinyvae_int8.pte")):
-            if name == "fp32" or settings.int8:
-                content = to_executorch(vae, examples, is_int8=name == "int8")
-                yield executorch_form(f"ExecuTorch {name}", file, content)
+        content = to_executorch(parts.values())
+        yield executorch_form("ExecuTorch fp32", "tinyvae.pte", content)
+        if settings.int8:
+            content = to_executorch(parts.values(), examples)
+            yield executorch_form("ExecuTorch int8", "tinyvae_int8.pte", content)
 
 
-def draw_samples(images):
-    """The bytes of a PNG with a few test images in a row, for the page."""
-    some = spread(images, WEB_SAMPLES)
+def web_files(vae, form, test_images):
+    """name → bytes of what the page shows: a student in ONNX, what it is, and test images."""
+    some = spread(test_images, WEB_EXAMPLES)
     row = some.permute(2, 0, 3, 1).flatten(1, 2)  # 32×(N·32)×3
     png = io.BytesIO()
-    require("PIL.Image", "pip install pillow").fromarray(row.numpy()).save(png, "PNG")
-    return png.getvalue()
+    Image.fromarray(row.numpy()).save(png, "PNG")
+    card = {"parameters": count_parameters(vae), "latents": vae.latent_dim}
+    return form.files | {"examples.png": png.getvalue(), "model.json": json.dumps(card).encode()}
 
 
 def export(settings):
     for package in ("onnx", "onnxscript", "onnxruntime"):
-        require(package, INSTALL)
+        require(package)
+    if settings.executorch:
+        executorch("executorch")
     torch.set_num_threads(1)  # figures are of one thread
     student_path = find_student(settings.student, settings.checkpoint_dir)
     vae, checkpoint = load_model(student_path, TinyVAE32)
     record = checkpoint.get("record", {})
     images, test = find_images(settings.data, settings.limit, student_path, record)
-    check_writable(settings.onnx_dir)
+    for folder in (settings.export_dir, *([WEB_DIR] if settings.web else [])):
+        check_writable(folder)
+    calibrated = min(settings.calibration_images, len(images.train))
     print(
-        f"images   {images.record['data']}: {len(test.images):,} of the test split to measure on, "
-        f"{min(settings.calibration_images, len(images.train)):,} of the training split to "
-        f"calibrate INT8\n"
-        f"device   {describe_device(torch.device('cpu'))}\n"
+        f"images   {images.record['data']}: {len(test.images):,} of the test split to measure on"
+        + (f", {calibrated:,} of the training split to calibrate INT8" if settings.int8 else "")
+        + f"\ndevice   {describe_device(torch.device('cpu'))}\n"
     )
     vae.check_range = False
-    reference, rows, written, true = None, [], [], None
-    for form in make_forms(vae, record, images, settings):
-        reference = reference or form
-        found = measure(form, reference, test.images)
-        true = true or found
-        refuse_difference(form, found, true, settings)
-        for name, content in form.files.items():
-            write_bytes(settings.onnx_dir / name, content)
-            written.append(settings.onnx_dir / name)
-        size = sum(map(len, form.files.values())) or weight_bytes(vae)
-        rows.append(table_row(form, found, size, true))
-        if settings.web and form.name == "ONNX fp32":
-            page = form.files | {"samples.png": draw_samples(test.images)}
-            for name, content in page.items():
-                write_bytes(WEB_DIR / name, content)
-                written.append(WEB_DIR / name)
+    reference = Form("PyTorch fp32", {}, vae.encode, vae.decode)
+    true = measure(reference, reference, test.images)
+    forms = {form: measure(form, reference, test.images)
+             for form in make_forms(vae, record, images, settings)}
+
+    teacher_size = weight_bytes(StandardVAE())
+    rows = [table_row(reference, true, weight_bytes(vae), teacher_size, true)]
+    for form, found in forms.items():
+        rows.append(table_row(form, found, sum(map(len, form.files.values())), teacher_size, true))
     print_table(rows)
     print(
-        "\nbytes: encoder and decoder together; smaller: the teacher's weights in fp32 over these "
-        "bytes. MSE: pixels in\n[0, 1], decoded from mu. largest: differences from PyTorch over "
-        "all test images. ms/image: encode and\ndecode, medians of 30, one CPU thread."
+        "\nbytes: encoder and decoder together. smaller: than the teacher's weights in fp32. MSE: "
+        "pixels in [0, 1], decoded\nfrom mu. KL: total, of an image. Δ: largest difference from "
+        "PyTorch over all test images. ms/image: encode and\ndecode, medians of 30, one CPU thread."
     )
+    for form, found in forms.items():
+        refuse_difference(form, found, true, settings)
+    files = {
+        settings.export_dir / name: content
+        for form in forms
+        for name, content in form.files.items()
+    }
+    if settings.web:
+        page = web_files(vae, next(iter(forms)), test.images)
+        files |= {WEB_DIR / name: content for name, content in page.items()}
+    for path, content in files.items():
+        write_bytes(path, content)
     print("\nWritten:")
-    for path in written:
+    for path in files:
         print(f"  {path}")
 
 

@@ -77,7 +77,7 @@ def find_images(data, limit, student_path, record):
         raise InputError(f"{student_path} does not say its images: name them with --data")
     else:
         sources = [(record["data"], limit or record["limit"])]
-        if student_path == RELEASED:
+        if student_path.resolve() == RELEASED:
             sources += [("cifar10", limit), ("dead-leaves", limit or 5000)]
     for source, count in sources:
         try:

@@ -8,7 +8,7 @@ import io
 import torch
 from matplotlib.figure import Figure
 
-from data import to_float
+from data import spread, to_float
 from losses import kl_divergence
 from storage import write_bytes
 
@@ -19,12 +19,8 @@ SAMPLE_ROWS = 2  # rows of prior samples for each model
 TRAVERSED = 8  # latents in the traversal picture
 COLOURS = [f"C{i}" for i in range(10) if i != 7]  # matplotlib's, without the grey
 REACH = 3.0  # standard deviations of the prior to which a traversal goes, either way
+PANELS = (("mse", "MSE from mu, pixels in [0, 1]"), ("perceptual", "perceptual distance"))
 ERROR_GAIN = 4  # errors are small: drawn this many times larger
-
-
-def spread(images, count):
-    """`count` images spread evenly over a split: the same ones each time."""
-    return images[torch.linspace(0, len(images) - 1, min(count, len(images))).long()]
 
 
 @torch.no_grad()
@@ -190,8 +186,7 @@ def draw_rate_distortion(path, summary, floors, title):
             (distortion, rate) of the Gaussian bound.
         title: the budget in a few words.
     """
-    panels = [("mse", "MSE from mu, pixels in [0, 1]"), ("perceptual", "perceptual distance")]
-    panels = [panel for panel in panels if any(panel[0] in found for found in summary)]
+    panels = [panel for panel in PANELS if any(panel[0] in found for found in summary)]
     figure = Figure(figsize=(6.5 * len(panels), 6), layout="constrained")
     figure.suptitle(title, fontsize=11)
     for ax, (measure, name) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
@@ -271,12 +266,11 @@ def draw_sizes(path, rows, title):
         rows: those of pruning.csv.
         title: data and budget in a few words.
     """
-    measures = [("mse", "MSE from mu, pixels in [0, 1]"), ("perceptual", "perceptual distance")]
-    measures = [measure for measure in measures if measure[0] in rows[0]]
-    figure = Figure(figsize=(6 * len(measures), 4.5), layout="constrained")
+    panels = [panel for panel in PANELS if panel[0] in rows[0]]
+    figure = Figure(figsize=(6 * len(panels), 4.5), layout="constrained")
     figure.suptitle(title, fontsize=11)
     whole = rows[0]
-    for ax, (measure, name) in zip(figure.subplots(1, len(measures), squeeze=False)[0], measures):
+    for ax, (measure, name) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
         for kind, label, colour in (
             ("pruned", "pruned, distilled again", "tab:blue"),
             ("fresh", "from random weights, the same steps", "tab:orange"),

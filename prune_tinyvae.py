@@ -67,7 +67,7 @@ COLUMNS = (
     "seconds",
 )
 # What makes a pruned student the same one.
-OWN_RECIPE = (*RECIPE, "teacher_sha256", "pruned_sha256", "ratio", "start")
+OWN_RECIPE = (*RECIPE, "teacher_sha256", "architecture", "start")
 
 
 def parse_ratios(text):
@@ -102,7 +102,7 @@ def pruned_widths(student, ratio):
         with torch.device("meta"):  # to be counted, not to be filled
             if count_parameters(TinyVAE32(student.latent_dim, *widths)) <= allowed:
                 return widths
-    raise InputError(f"no student is so small that {ratio:.0%} of the parameters are gone")
+    raise InputError(f"no student is left with {ratio:g} of the parameters gone: lower --ratios")
 
 
 def prune(student, ratio):
@@ -116,7 +116,7 @@ def prune(student, ratio):
         student: a TinyVAE32; it is left as it is.
         ratio: the share that goes, above 0 and below 1.
     """
-    pruning = require("torch_pruning", "pip install -r requirements-deploy.txt")
+    pruning = require("torch_pruning")
     vae = copy.deepcopy(student).cpu().eval().requires_grad_(True)
     vae.check_range = False
     encoder_widths, decoder_widths = pruned_widths(vae, ratio)
@@ -150,10 +150,10 @@ def fitted_projection(student_mu):
     """
 
     def make(teacher_mu, latent_dim):
-        projection = LatentProjection(teacher_mu, latent_dim)
+        projection = LatentProjection(teacher_mu, latent_dim)  # on the CPU
         with torch.no_grad():
-            whitened = (teacher_mu - projection.mean) @ projection.whitening.T
-            u, _, v = torch.linalg.svd(student_mu.T @ whitened, full_matrices=False)
+            whitened = (teacher_mu.cpu() - projection.mean) @ projection.whitening.T
+            u, _, v = torch.linalg.svd(student_mu.cpu().T @ whitened, full_matrices=False)
             projection.rotation.weight.copy_(u @ v)
         return projection
 
@@ -171,7 +171,8 @@ def train(laboratory, pruned, ratio, start):
     """
     settings = laboratory.settings
     job = laboratory.job(settings.seed, learning_rate=settings.learning_rate)
-    job.record |= {"pruned_sha256": fingerprint(pruned), "ratio": ratio, "start": start}
+    job.record["start"] = fingerprint(pruned) if start == "pruned" else "random weights"
+    job.record["architecture"] = pruned.architecture
 
     def make_stage():
         targets = laboratory.targets_for(job)
@@ -227,8 +228,10 @@ def table_row(row, whole):
 def prune_all(settings):
     ratios = parse_ratios(settings.ratios)
     student_path = find_student(settings.student, settings.checkpoint_dir)
-    student, _ = load_model(student_path, TinyVAE32)
+    student, checkpoint = load_model(student_path, TinyVAE32)
+    students = {ratio: prune(student, ratio) for ratio in ratios}
     laboratory = Laboratory(settings)
+    laboratory.refuse_judge_of(checkpoint.get("record", {}))
     check_writable(settings.checkpoint_dir / "pruned")
     check_writable(settings.output_dir)
     images, split = laboratory.images, SPLITS[settings.split]
@@ -245,8 +248,7 @@ def prune_all(settings):
     csv_path, png_path = settings.output_dir / "pruning.csv", settings.output_dir / "pruning.png"
     title = f"{images.record['data']}, {split} split, {settings.epochs} epochs each"
     rows = [measure(laboratory, "whole", student)]
-    for ratio in ratios:
-        pruned = prune(student, ratio)
+    for ratio, pruned in students.items():
         cut = evaluate_vae(copy.deepcopy(pruned).to(laboratory.device), laboratory.exam.images)
         rows.append(train(laboratory, pruned, ratio, "pruned") | {"mse_as_cut": cut["mse"]})
         if settings.fresh:

@@ -269,7 +269,7 @@ def download_timeout(seconds=20):
         socket.setdefaulttimeout(before)
 
 
-def require(module, install):
+def require(module, install="pip install -r requirements-deploy.txt"):
     """A module of a package that only some scripts need. Raises InputError that says how to install
     it where it is missing."""
     try:

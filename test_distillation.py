@@ -37,7 +37,6 @@ import export_tinyvae
 import losses
 import metrics
 import models
-import pictures
 import prune_tinyvae
 import runtime
 import storage
@@ -740,6 +739,9 @@ def test_every_constant_is_a_flag_with_its_default(script, capsys):
         script.main(["--help"])
     shown = capsys.readouterr().out
     assert all(f"--{constant.lower().replace('_', '-')}" in shown for constant in constants)
+    # A constant that the code reads in place of the setting would make its flag do nothing.
+    body = Path(script.__file__).read_text().split("\ndef ", 1)[1]
+    assert not [c for c in constants if re.search(rf"(?<!\w)(?<!!= ){c}(?!\w)", body)]
 
 
 def test_the_recipe_is_the_one_the_design_names():
@@ -777,8 +779,9 @@ def test_torchvision_that_does_not_load_is_explained(monkeypatch):
 def test_importing_a_script_does_nothing(tmp_path):
     code = (
         f"import sys; sys.path.insert(0, {str(HERE)!r})\n"
-        "import ablate_distillation, bench_training, distill_tinyvae, test_trained_model, torch\n"
-        "assert 'torchvision' not in sys.modules and not torch.cuda.is_initialized()\n"
+        f"import {', '.join(script.__name__ for script in SCRIPTS)}, torch\n"
+        "assert not {'torchvision', 'onnx', 'onnxruntime', 'torch_pruning'} & set(sys.modules)\n"
+        "assert not torch.cuda.is_initialized()\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
@@ -1303,8 +1306,8 @@ def test_the_released_student_is_what_its_card_says(tmp_path, capsys, monkeypatc
 
 def test_pictures_show_the_same_images_each_time():
     images = data.dead_leaves(100, 0, "test")
-    assert torch.equal(pictures.spread(images, 10), pictures.spread(images, 10))
-    assert len(pictures.spread(images[:3], 10)) == 3
+    assert torch.equal(data.spread(images, 10), data.spread(images, 10))
+    assert len(data.spread(images[:3], 10)) == 3
 
 
 # --- The ablation ---
@@ -1476,11 +1479,17 @@ def test_the_bench_prints_and_draws_what_it_measures(tmp_path, capsys, monkeypat
 EXPORT = ("--student", str(models.RELEASED), "--data", "dead-leaves", "--limit", "256")
 
 
-def test_exported_files_are_the_student(tmp_path, capsys):
-    runtime_library = pytest.importorskip("onnxruntime")
-    onnx = pytest.importorskip("onnx")
-    flags = ["--fp16", "--int8", "--int8-tolerance", "0.1", "--onnx-dir", str(tmp_path)]
-    export_tinyvae.main([*EXPORT, *flags])
+def needs_onnx():
+    pytest.importorskip("onnxscript")
+    return pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
+
+
+def test_exported_files_are_the_student(tmp_path, capsys, monkeypatch):
+    onnx, runtime_library = needs_onnx()
+    monkeypatch.setattr(export_tinyvae, "WEB_DIR", tmp_path / "web")
+    tmp_path, web = tmp_path / "onnx", tmp_path / "web"
+    flags = ["--fp16", "--int8", "--int8-tolerance", "0.1", "--export-dir", str(tmp_path)]
+    export_tinyvae.main([*EXPORT, *flags, "--web"])
     table = capsys.readouterr().out
     for form in ("PyTorch fp32", "ONNX fp32", "ONNX fp16", "ONNX int8"):
         assert f"| {form}" in table
@@ -1513,48 +1522,78 @@ def test_exported_files_are_the_student(tmp_path, capsys):
         assert "[0, 1]" in notes["image"] and notes["student_sha256"] == storage.fingerprint(vae)
         assert (notes.get("calibrated_on") == "256 images of dead-leaves") == ("int8" in name)
         assert str(HERE).encode() not in (tmp_path / name).read_bytes()
+    for name in ("encoder.onnx", "decoder.onnx"):
+        assert (web / name).read_bytes() == (tmp_path / name).read_bytes()
+    assert json.loads((web / "model.json").read_text()) == {"parameters": 294_403, "latents": 64}
+    assert Image.open(web / "examples.png").size == (32 * export_tinyvae.WEB_EXAMPLES, 32)
     kinds = [node.op_type for node in onnx.load(tmp_path / "decoder_int8.onnx").graph.node]
     assert kinds.count("QuantizeLinear") == 5  # before the linear layer and the four convolutions
 
 
-def test_a_file_that_is_not_the_student_is_not_written(tmp_path, monkeypatch):
-    pytest.importorskip("onnxruntime")
-    pytest.importorskip("onnxscript")
+def test_a_form_that_is_not_the_student_is_not_written(tmp_path, monkeypatch):
+    needs_onnx()
     split_vae = export_tinyvae.split_vae
 
     def damaged(vae):
         parts = split_vae(vae)
         with torch.no_grad():
-            parts[1].module.vae.decoder[0].weight[0] += 0.1
+            parts[1].vae.decoder[0].weight[0] += 0.1
         return parts
 
     monkeypatch.setattr(export_tinyvae, "split_vae", damaged)
-    with pytest.raises(InputError, match="ONNX fp32 was not written: a value differs"):
-        export_tinyvae.main([*EXPORT, "--onnx-dir", str(tmp_path)])
+    with pytest.raises(InputError, match="ONNX fp32 is not the student: a value differs"):
+        export_tinyvae.main([*EXPORT, "--export-dir", str(tmp_path)])
     assert not list(tmp_path.iterdir())
 
 
-def test_int8_that_costs_too_much_is_refused():
+def test_each_form_is_held_to_its_tolerance():
     settings = runtime.parse_flags(vars(export_tinyvae), [])
-    form = export_tinyvae.Form("ONNX int8", {}, None, None)
-    found = {"mse": 0.0101, "largest": {"image": 0.5}}
-    export_tinyvae.refuse_difference(form, found, {"mse": 0.01}, settings)
-    with pytest.raises(InputError, match=r"\+3.0%, beyond --int8-tolerance 0.02"):
-        export_tinyvae.refuse_difference(form, found | {"mse": 0.0103}, {"mse": 0.01}, settings)
+    true = {"mse": 0.01, "kl_nats": 80.0}
+
+    def refuse(name, **found):
+        form = export_tinyvae.Form(name, {}, None, None)
+        found = {"mse": 0.01, "kl_nats": 80.0, "largest": {"mu": 0.0, "image": 0.5}} | found
+        export_tinyvae.refuse_difference(form, found, true, settings)
+
+    refuse("ONNX int8", mse=0.0101, kl_nats=79.0)
+    with pytest.raises(InputError, match=r"error differs by 3\.0%, beyond --int8-tolerance 0\.02"):
+        refuse("ONNX int8", mse=0.0103)
+    with pytest.raises(InputError, match=r"rate differs by 10\.0%"):
+        refuse("ONNX int8", kl_nats=72.0)
+    refuse("ONNX fp16", largest={"mu": 0.01, "image": 0.001})
+    for value in (0.1, math.nan):
+        with pytest.raises(InputError, match="beyond --fp16-tolerance"):
+            refuse("ONNX fp16", largest={"mu": value, "image": 0.001})
 
 
-def test_a_missing_package_is_named_with_its_installation(monkeypatch):
-    monkeypatch.setitem(sys.modules, "onnxscript", None)  # as if it were not installed
-    with pytest.raises(InputError, match=r"onnxscript.*-r requirements-deploy\.txt"):
-        export_tinyvae.main([*EXPORT])
+def test_values_that_are_no_numbers_do_not_pass_for_equal():
+    nothing = export_tinyvae.Form(
+        "ONNX fp16",
+        {},
+        lambda images: torch.full((2, len(images), 64), math.nan).unbind(),
+        lambda z: torch.full((len(z), 3, 32, 32), math.nan),
+    )
+    vae = TinyVAE32().eval()
+    vae.check_range = False
+    reference = export_tinyvae.Form("PyTorch fp32", {}, vae.encode, vae.decode)
+    found = export_tinyvae.measure(nothing, reference, data.dead_leaves(4, 0, "test"))
+    assert all(math.isnan(value) for value in found["largest"].values())
+
+
+def test_a_missing_package_is_named_with_its_installation(tmp_path, monkeypatch):
+    flags = [*EXPORT, "--export-dir", str(tmp_path)]
+    monkeypatch.setitem(sys.modules, "onnx", None)  # as if it were not installed
+    with pytest.raises(InputError, match=r"onnx is needed.*-r requirements-deploy\.txt"):
+        export_tinyvae.main(flags)
     monkeypatch.setitem(sys.modules, "torch_pruning", None)
-    with pytest.raises(InputError, match=r"torch_pruning.*-r requirements-deploy\.txt"):
+    with pytest.raises(InputError, match=r"torch_pruning is needed.*-r requirements-deploy\.txt"):
         prune_tinyvae.prune(TinyVAE32(), 0.5)
 
 
 def test_executorch_programs_are_the_student(tmp_path, capsys):
+    needs_onnx()
     pytest.importorskip("executorch")
-    flags = ["--executorch", "--int8", "--int8-tolerance", "0.1", "--onnx-dir", str(tmp_path)]
+    flags = ["--executorch", "--int8", "--int8-tolerance", "0.1", "--export-dir", str(tmp_path)]
     export_tinyvae.main([*EXPORT, *flags])  # it compares them with PyTorch
     assert "| ExecuTorch int8" in capsys.readouterr().out
     sizes = [(tmp_path / name).stat().st_size for name in ("tinyvae.pte", "tinyvae_int8.pte")]
@@ -1638,6 +1677,8 @@ def test_pruned_students_are_trained_once_and_every_script_loads_them(
     for ratios in ("0.5,1", "half", ""):
         with pytest.raises(InputError, match="--ratios takes shares"):
             prune_tinyvae.main([*flags, "--ratios", ratios])
+    with pytest.raises(InputError, match=r"no student is left with 0\.999 of the parameters gone"):
+        prune_tinyvae.main([*flags, "--ratios", "0.999"])
     path = tmp_path / "checkpoints" / "pruned" / "tinyvae_pruned_0.5.pth"
     test_trained_model.main([*folders(tmp_path), "--student", str(path), "--limit", "64"])
     found = json.loads((tmp_path / "outputs" / "evaluation.json").read_text())
@@ -1647,6 +1688,7 @@ def test_pruned_students_are_trained_once_and_every_script_loads_them(
 # --- The page ---
 
 
+VENDOR = HERE / "web" / "vendor"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 CHROMIUM = next(filter(None, map(shutil.which, BROWSERS)), None)
 
@@ -1678,8 +1720,10 @@ def served(folder):
     handler = functools.partial(QuietHandler, directory=str(folder))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}/"
-        server.shutdown()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}/"
+        finally:
+            server.shutdown()
 
 
 @pytest.fixture
@@ -1695,7 +1739,8 @@ def browser_page():
             args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"],
         )
         page = browser.new_page()
-        page.route("**://cdn.jsdelivr.net/**", lambda route: route.abort())
+        elsewhere = re.compile(r"^(?!http://127\.0\.0\.1|file:|blob:|data:)")
+        page.route(elsewhere, lambda route: route.abort())
         page.set_default_timeout(60_000)
         yield page
         browser.close()
@@ -1724,8 +1769,8 @@ def wait_for_drawn(page, selector, image):
     wait_until(page, lambda: (pixels_of(page, selector).float() - wanted).abs().max() <= 1)
 
 
-def wait_for_text(page, text):
-    wait_until(page, lambda: text in page.inner_text("#what"))
+def wait_for_text(page, text, selector="#what"):
+    wait_until(page, lambda: text in page.inner_text(selector))
 
 
 DROP = """([id, content]) => {
@@ -1739,13 +1784,13 @@ DROP = """([id, content]) => {
 
 def test_the_page_draws_what_pytorch_computes(browser_page, tmp_path):
     page = browser_page
-    if not (HERE / "web" / "vendor").exists():
+    if not VENDOR.exists():
         pytest.skip("web/vendor/ does not hold the runtime: the README, Deploy, has the command")
     vae, _ = models.load_model(models.RELEASED, TinyVAE32)
-    sheet = np.asarray(Image.open(HERE / "web" / "samples.png").convert("RGB"))
-    samples = torch.from_numpy(sheet.copy()).permute(2, 0, 1).unfold(2, 32, 32).permute(2, 0, 1, 3)
-    samples = samples.float() / 255
-    mu, _ = vae.encode(samples)
+    sheet = np.asarray(Image.open(HERE / "web" / "examples.png").convert("RGB"))
+    examples = torch.from_numpy(sheet.copy()).permute(2, 0, 1).unfold(2, 32, 32).permute(2, 0, 1, 3)
+    examples = examples.float() / 255
+    mu, _ = vae.encode(examples)
 
     errors = []
     page.on("pageerror", lambda error: errors.append(str(error)))
@@ -1753,11 +1798,11 @@ def test_the_page_draws_what_pytorch_computes(browser_page, tmp_path):
         page.goto(address)
         page.wait_for_selector("body[data-state=ready]")
         assert "offline copy" in page.inner_text("#runtime")
-        wait_for_drawn(page, "#slot-a .original", samples[:1])
+        wait_for_drawn(page, "#slot-a .original", examples[:1])
         wait_for_drawn(page, "#slot-b .decoded", vae.decode(mu[1:2]))
         wait_for_drawn(page, "#decoded", vae.decode(mu[:1]))
         wait_for_text(page, "A, encoded and decoded")
-        mse = (vae.decode(mu[:1]) - samples[:1]).square().mean().item()
+        mse = (vae.decode(mu[:1]) - examples[:1]).square().mean().item()
         assert float(page.inner_text("#mse")) == pytest.approx(mse, abs=1e-4)
         assert re.fullmatch(r"\d+\.\d\d ms", page.inner_text("#decode-ms"))
 
@@ -1768,7 +1813,7 @@ def test_the_page_draws_what_pytorch_computes(browser_page, tmp_path):
         middle[0, 7] = 3
         wait_for_drawn(page, "#decoded", vae.decode(middle))
         wait_for_text(page, "by hand")
-        page.click("#sample")
+        page.click("#prior")
         wait_for_text(page, "from the prior")
         sliders = page.eval_on_selector_all("#latents input", "all => all.map((i) => +i.value)")
         code = torch.tensor(sliders)  # to a hundredth, which the image hardly shows
@@ -1776,22 +1821,27 @@ def test_the_page_draws_what_pytorch_computes(browser_page, tmp_path):
         assert (pixels_of(page, "#decoded") / 255 - vae.decode(code[None])[0]).abs().max() < 0.05
 
         page.click("#slot-b")
-        page.get_by_label("Sample 4").click()
+        page.get_by_label("Example 4").click()
         wait_for_drawn(page, "#decoded", vae.decode(mu[3:4]))
 
         # A picture of one's own, opened or dropped: its middle square.
         wide = np.zeros((32, 64, 3), np.uint8)
-        wide[:, 16:48] = (255 * samples[5].permute(1, 2, 0)).round().numpy()
+        wide[:, 16:48] = (255 * examples[5].permute(1, 2, 0)).round().numpy()
         png = io.BytesIO()
         Image.fromarray(wide).save(png, "PNG")
         upload = {"name": "mine.png", "mimeType": "image/png", "buffer": png.getvalue()}
         page.set_input_files("#file", upload)
-        wait_for_drawn(page, "#slot-b .original", samples[5:6])
+        wait_for_drawn(page, "#slot-b .original", examples[5:6])
         wait_for_drawn(page, "#decoded", vae.decode(mu[5:6]))
         page.evaluate(DROP, ["slot-a", base64.b64encode(png.getvalue()).decode()])
         wait_for_drawn(page, "#slot-a .decoded", vae.decode(mu[5:6]))
         page.set_input_files("#file", upload | {"name": "note.png", "buffer": b"not a picture"})
-        wait_for_text(page, "note.png is not a picture")
+        wait_for_text(page, "note.png is not a picture", "#complaint")
+        page.evaluate(DROP, ["slot-a", ""])
+        wait_for_text(page, "dropped.png is not a picture", "#complaint")
+        page.get_by_label("Example 2").click()
+        wait_for_drawn(page, "#slot-a .original", examples[1:2])
+        assert page.inner_text("#complaint") == ""
     assert not errors
 
 
@@ -1800,13 +1850,19 @@ def test_the_page_says_what_it_lacks(browser_page, tmp_path):
     site.mkdir()
     for name in ("index.html", "style.css", "app.js"):
         shutil.copy(HERE / "web" / name, site)
-    cases = [(None, "runtime could not be loaded")]
-    if (HERE / "web" / "vendor").exists():
+    (site / "decoder.onnx").write_bytes(b"no model")
+    cases = [
+        (None, "model.json could not be loaded (404)"),
+        ("model.json", "runtime could not be loaded"),
+    ]
+    if VENDOR.exists():
+        (site / "vendor").mkdir()
+        shutil.copy(VENDOR / "ort.wasm.min.mjs", site / "vendor")
         cases += [
-            ("vendor", "encoder.onnx could not be loaded (404)"),
+            ("vendor/ort-wasm-simd-threaded.mjs", "runtime could not be loaded"),
+            ("vendor/ort-wasm-simd-threaded.wasm", "encoder.onnx could not be loaded (404)"),
             ("encoder.onnx", "decoder.onnx is not a model"),
         ]
-    (site / "decoder.onnx").write_bytes(b"no model")
     with served(site) as address:
         for added, message in cases:
             if added:
@@ -1828,8 +1884,9 @@ def test_readme_names_flags_and_files_that_exist():
     for script, words in commands:
         module = {path.__name__ + ".py": path for path in SCRIPTS}[script]
         known = {"help", *vars(runtime.parse_flags(vars(module), []))}
-        for flag in re.findall(r"--([a-z-]+)", words):
+        for flag in re.findall(r"--([a-z0-9-]+)", words):
             assert flag.replace("-", "_") in known, f"{script} has no --{flag}"
+    assert not re.findall(r"^[A-Z]+$", readme, re.MULTILINE), "something is still to be filled in"
     for path in re.findall(r"\]\((?!http)([^)#]+)\)", readme) + re.findall(r"`(\w+\.py)`", readme):
         assert (HERE / path).exists(), f"README names {path}"
 

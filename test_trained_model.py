@@ -76,7 +76,8 @@ CHECKPOINT_DIR = HERE / "checkpoints"  # folder of the .pth files
 OUTPUT_DIR = HERE / "outputs"  # folder of evaluation.json and the pictures
 DEMO = False  # evaluate the demo's student, in the demo's folders
 
-INTERPOLATED = 400  # test images whose pairs are interpolated for the unevenness
+# Test images whose pairs are interpolated for the unevenness.
+INTERPOLATED = 400
 
 DEMO_SETTINGS = {
     "checkpoint_dir": CHECKPOINT_DIR / "demo",

@@ -1,26 +1,27 @@
-// The page: an image goes through encoder.onnx to 64 numbers, these through decoder.onnx to an image.
-// Images are float32, 1×3×32×32, in [0, 1], as everywhere in this project.
+// The page: an image goes through encoder.onnx to a code, and the code through decoder.onnx to an
+// image. Images are float32, 1×3×32×32, RGB in [0, 1], as everywhere in this project.
 
 const VERSION = "1.30.0"; // of onnxruntime-web
 const RUNTIMES = [
-  ["vendor/ (offline copy)", new URL("vendor/", location.href).href],
+  ["vendor/, the offline copy", new URL("vendor/", location.href).href],
   ["cdn.jsdelivr.net", `https://cdn.jsdelivr.net/npm/onnxruntime-web@${VERSION}/dist/`],
 ];
+const RUNTIME_FILES = ["ort.wasm.min.mjs", "ort-wasm-simd-threaded.mjs",
+                       "ort-wasm-simd-threaded.wasm"];
 const SIDE = 32;
-const LATENTS = 64;
 const REACH = 4; // of a latent's slider, either way
-const KEPT = 31; // times that the medians are of
+const TIMED = 31; // runs that a time is the mean of: a clock may tick in whole milliseconds
 
 const element = (id) => document.getElementById(id);
 const slots = { a: element("slot-a"), b: element("slot-b") };
 
 // --- State ---
 
-const images = { a: null, b: null }; // pixels, Float32Array 3×32×32
-const codes = { a: null, b: null }; // mu of each, Float32Array 64
+const shown = { a: null, b: null }; // of each slot: its pixels and its code, mu
+const asked = { a: 0, b: 0 }; // how many images each was given, to know a stale one
 let active = "a"; // the slot that the next image goes to
-let z = new Float32Array(LATENTS); // what is drawn
-let origin = "between"; // of z: between, moved or sample
+let z; // the code that is drawn, Float32Array
+let origin = "between"; // of z: between, moved or prior
 const times = { encode: [], decode: [] };
 let ort, encoder, decoder;
 
@@ -28,17 +29,21 @@ let ort, encoder, decoder;
 
 class Failure extends Error {}
 
+async function isThere(url) {
+  const response = await fetch(url, { method: "HEAD" }).catch(() => null);
+  return response?.ok;
+}
+
 async function loadRuntime() {
   for (const [name, base] of RUNTIMES) {
-    try {
-      const module = await import(`${base}ort.wasm.min.mjs`);
-      module.env.wasm.wasmPaths = base;
-      module.env.wasm.numThreads = 1; // more gain nothing at this size
-      element("runtime").textContent = `onnxruntime-web ${VERSION}, WebAssembly, from ${name}.`;
-      return module;
-    } catch {
-      // Not there: the next one. Which one it became is said at the foot of the page.
-    }
+    const there = await Promise.all(RUNTIME_FILES.map((file) => isThere(base + file)));
+    if (!there.every(Boolean)) continue; // which one it becomes is said at the foot of the page
+    const module = await import(`${base}${RUNTIME_FILES[0]}`);
+    module.env.wasm.wasmPaths = base;
+    module.env.wasm.numThreads = 1; // more gain nothing at this size
+    const version = module.env.versions.web;
+    element("runtime").textContent = `onnxruntime-web ${version}, WebAssembly, from ${name}.`;
+    return module;
   }
   throw new Failure(
     "The runtime could not be loaded: web/vendor/ does not hold it and cdn.jsdelivr.net did not "
@@ -46,7 +51,7 @@ async function loadRuntime() {
   );
 }
 
-async function loadModel(name) {
+async function load(name) {
   const response = await fetch(name).catch(() => null);
   if (!response?.ok) {
     throw new Failure(
@@ -54,14 +59,18 @@ async function loadModel(name) {
       + "“python export_tinyvae.py --web” and reload.",
     );
   }
-  const content = await response.arrayBuffer();
+  return response;
+}
+
+async function loadModel(name) {
+  const content = await (await load(name)).arrayBuffer();
   try {
-    return [await ort.InferenceSession.create(content, { executionProviders: ["wasm"] }),
-            content.byteLength];
+    const session = await ort.InferenceSession.create(content, { executionProviders: ["wasm"] });
+    return [session, content.byteLength];
   } catch (error) {
     throw new Failure(
-      `${name} is not a model that onnxruntime-web ${VERSION} can run (${error.message}): write it `
-      + "again with “python export_tinyvae.py --web” and reload.",
+      `${name} is not a model that onnxruntime-web can run (${error.message}): write it again with `
+      + "“python export_tinyvae.py --web” and reload.",
     );
   }
 }
@@ -75,7 +84,7 @@ function timed(what, work) {
   const result = turn.then(async () => {
     const start = performance.now();
     const found = await work();
-    times[what] = [...times[what], performance.now() - start].slice(-KEPT);
+    times[what] = [...times[what], performance.now() - start].slice(-TIMED);
     return found;
   });
   turn = result.catch(() => {});
@@ -89,26 +98,26 @@ async function encode(pixels) {
 }
 
 async function decode(code) {
-  const latent = new ort.Tensor("float32", code, [1, LATENTS]);
+  const latent = new ort.Tensor("float32", code, [1, code.length]);
   const found = await timed("decode", () => decoder.run({ latent }));
   return found.image.data;
 }
 
 // While an image is being decoded, only the last wish is remembered: a slider asks faster.
-let running = false;
+let drawing = false;
 let wanted = false;
 
 async function draw() {
   wanted = true;
-  if (running) return;
-  running = true;
+  if (drawing) return;
+  drawing = true;
   try {
     while (wanted) {
       wanted = false;
       paint(element("decoded"), await decode(z.slice()));
     }
   } finally {
-    running = false;
+    drawing = false;
   }
   describe();
 }
@@ -132,7 +141,8 @@ async function pixelsOf(bitmap, x, y, side) {
   const small = await createImageBitmap(bitmap, x, y, side, side, {
     resizeWidth: SIDE, resizeHeight: SIDE, resizeQuality: "high",
   });
-  const canvas = new OffscreenCanvas(SIDE, SIDE);
+  const canvas = document.createElement("canvas");
+  canvas.width = canvas.height = SIDE;
   const context = canvas.getContext("2d");
   context.fillStyle = "white";
   context.fillRect(0, 0, SIDE, SIDE);
@@ -147,12 +157,19 @@ async function pixelsOf(bitmap, x, y, side) {
 
 // --- What a person does ---
 
-async function put(slot, pixels) {
-  images[slot] = pixels;
+// Give a slot the image that `find` comes to, and draw it, unless a later one has overtaken it.
+async function put(slot, find) {
+  complain("");
+  const request = ++asked[slot];
+  const pixels = await find();
+  const code = await encode(pixels);
+  const decoded = await decode(code);
+  if (request !== asked[slot]) return;
+  shown[slot] = { pixels, code };
   paint(slots[slot].querySelector(".original"), pixels);
-  codes[slot] = await encode(pixels);
-  paint(slots[slot].querySelector(".decoded"), await decode(codes[slot]));
-  backToImages();
+  paint(slots[slot].querySelector(".decoded"), decoded);
+  element("between").value = slot === "a" ? 0 : 1;
+  drawBetween();
 }
 
 function choose(slot) {
@@ -160,34 +177,33 @@ function choose(slot) {
   for (const name in slots) slots[name].setAttribute("aria-pressed", name === slot);
 }
 
-async function open(slot, file) {
-  if (!file) return;
-  let bitmap;
-  try {
-    bitmap = await createImageBitmap(file);
-  } catch {
-    complain(`${file.name} is not a picture that this browser can read.`);
-    return;
-  }
-  const side = Math.min(bitmap.width, bitmap.height);
-  await put(slot, await pixelsOf(
-    bitmap, (bitmap.width - side) / 2, (bitmap.height - side) / 2, side));
+function open(slot, file) {
   choose(slot);
-  element("between").value = slot === "a" ? 0 : 1;
-  backToImages();
+  return put(slot, async () => {
+    if (!file) throw new Failure("That is not a file: drop a picture from a folder.");
+    let bitmap;
+    try {
+      bitmap = await createImageBitmap(file);
+    } catch {
+      throw new Failure(`${file.name} is not a picture that this browser can read.`);
+    }
+    const side = Math.min(bitmap.width, bitmap.height);
+    return pixelsOf(bitmap, (bitmap.width - side) / 2, (bitmap.height - side) / 2, side);
+  });
 }
 
-function backToImages() {
-  if (!codes.a || !codes.b) return;
+function drawBetween() {
   const t = Number(element("between").value);
-  z = codes.a.map((value, i) => value + t * (codes.b[i] - value));
+  z = shown.a.code.map((value, i) => value + t * (shown.b.code[i] - value));
   show("between");
 }
 
-function sampleFromPrior() {
-  // Box and Muller 1958: two uniform numbers make a normal one.
-  z = z.map(() => Math.sqrt(-2 * Math.log(1 - Math.random())) * Math.cos(2 * Math.PI * Math.random()));
-  show("sample");
+function samplePrior() {
+  // Two uniform numbers make a normal one (Box and Muller 1958).
+  const normal = () =>
+    Math.sqrt(-2 * Math.log(1 - Math.random())) * Math.cos(2 * Math.PI * Math.random());
+  z = z.map(normal);
+  show("prior");
 }
 
 function show(where) {
@@ -196,43 +212,42 @@ function show(where) {
     input.value = z[input.index];
     input.title = `z${input.index} = ${z[input.index].toFixed(2)}`;
   }
-  draw();
+  return draw();
 }
 
 // --- Words and figures ---
 
-const median = (values) => values.toSorted((a, b) => a - b)[values.length >> 1];
+const mean = (values) => values.reduce((sum, value) => sum + value, 0) / values.length;
 
 function describe() {
   for (const what in times) {
-    const known = times[what].length;
-    element(`${what}-ms`).textContent = known ? `${median(times[what]).toFixed(2)} ms` : "–";
+    element(`${what}-ms`).textContent = `${mean(times[what]).toFixed(2)} ms`;
   }
   const t = Number(element("between").value);
   const end = { 0: "a", 1: "b" }[t];
   const texts = {
-    sample: "A code drawn from the prior, N(0, 1): an image of nothing in particular.",
+    prior: "A code drawn from the prior, N(0, 1): an image of nothing in particular.",
     moved: "A code changed by hand.",
     between: end ? `${end.toUpperCase()}, encoded and decoded.`
       : `${Math.round(100 * (1 - t))} % of A's code and ${Math.round(100 * t)} % of B's.`,
   };
   element("what").textContent = texts[origin];
   element("mse").textContent = origin === "between" && end
-    ? squaredError(images[end], element("decoded").pixels).toFixed(4) : "–";
+    ? squaredError(shown[end].pixels, element("decoded").pixels).toFixed(4) : "–";
 }
 
 function squaredError(one, other) {
-  return one.reduce((sum, value, i) => sum + (value - other[i]) ** 2, 0) / one.length;
+  return mean(one.map((value, i) => (value - other[i]) ** 2));
 }
 
 function complain(text) {
-  element("what").textContent = text;
+  element("complaint").textContent = text;
 }
 
 // --- Building the page ---
 
-function addLatents() {
-  for (let i = 0; i < LATENTS; i++) {
+function addLatents(count) {
+  for (let i = 0; i < count; i++) {
     const input = document.createElement("input");
     Object.assign(input, { type: "range", min: -REACH, max: REACH, step: 0.01, index: i });
     input.setAttribute("aria-label", `latent ${i}`);
@@ -244,71 +259,76 @@ function addLatents() {
   }
 }
 
-async function addSamples() {
-  const response = await fetch("samples.png").catch(() => null);
-  if (!response?.ok) return; // the page works without them
-  const sheet = await createImageBitmap(await response.blob(), { colorSpaceConversion: "none" });
+async function addExamples() {
+  const content = await (await load("examples.png")).blob();
+  const sheet = await createImageBitmap(content, { colorSpaceConversion: "none" });
+  const examples = [];
   for (let x = 0; x < sheet.width; x += SIDE) {
     const pixels = await pixelsOf(sheet, x, 0, SIDE);
     const button = document.createElement("button");
     const canvas = document.createElement("canvas");
     canvas.width = canvas.height = SIDE;
-    button.setAttribute("aria-label", `Sample ${x / SIDE + 1}`);
+    button.setAttribute("aria-label", `Example ${x / SIDE + 1}`);
     button.append(canvas);
     paint(canvas, pixels);
-    button.addEventListener("click", async () => {
-      element("between").value = active === "a" ? 0 : 1;
-      await put(active, pixels);
-    });
-    element("samples").append(button);
-    if (x === 0) await put("a", pixels);
-    if (x === SIDE) await put("b", pixels);
+    button.addEventListener("click", () => put(active, () => pixels));
+    element("examples").append(button);
+    examples.push(pixels);
   }
+  return examples;
 }
 
 function listen() {
   for (const name in slots) {
     const slot = slots[name];
     slot.addEventListener("click", () => choose(name));
-    slot.addEventListener("dragover", (event) => {
-      event.preventDefault();
-      slot.classList.add("over");
-    });
+    slot.addEventListener("dragover", () => slot.classList.add("over"));
     slot.addEventListener("dragleave", () => slot.classList.remove("over"));
-    slot.addEventListener("drop", (event) => {
-      event.preventDefault();
-      slot.classList.remove("over");
-      open(name, event.dataTransfer.files[0]);
-    });
   }
-  // A picture dropped beside a slot goes to the chosen one, instead of replacing the page.
+  // A picture dropped beside both slots goes to the chosen one, instead of replacing the page.
   document.addEventListener("dragover", (event) => event.preventDefault());
   document.addEventListener("drop", (event) => {
-    if (event.defaultPrevented) return;
     event.preventDefault();
-    open(active, event.dataTransfer.files[0]);
+    const under = event.target.closest?.(".slot");
+    under?.classList.remove("over");
+    open(under === slots.a ? "a" : under === slots.b ? "b" : active, event.dataTransfer.files[0]);
   });
   element("file").addEventListener("change", (event) => {
-    open(active, event.target.files[0]);
+    if (event.target.files[0]) open(active, event.target.files[0]);
     event.target.value = "";
   });
-  element("between").addEventListener("input", backToImages);
-  element("sample").addEventListener("click", sampleFromPrior);
-  element("reset").addEventListener("click", backToImages);
+  element("between").addEventListener("input", drawBetween);
+  element("prior").addEventListener("click", samplePrior);
+  element("reset").addEventListener("click", drawBetween);
+  window.addEventListener("unhandledrejection", (event) => {
+    complain(event.reason.message);
+    if (event.reason instanceof Failure) event.preventDefault();
+  });
 }
 
 async function main() {
+  const card = await (await load("model.json")).json();
+  for (const what in card) {
+    for (const place of document.getElementsByClassName(what)) {
+      place.textContent = card[what].toLocaleString("en");
+    }
+  }
   ort = await loadRuntime();
-  const models = await Promise.all([loadModel("encoder.onnx"), loadModel("decoder.onnx")]);
-  const [[, encoderBytes], [, decoderBytes]] = models;
-  [[encoder], [decoder]] = models;
-  element("size").textContent = `${((encoderBytes + decoderBytes) / 1e6).toFixed(2)} MB`;
-  addLatents();
+  const models = await Promise.all(["encoder.onnx", "decoder.onnx"].map(loadModel));
+  [encoder, decoder] = models.map(([session]) => session);
+  const bytes = models.reduce((sum, [, size]) => sum + size, 0);
+  element("size").textContent = `${(bytes / 1e6).toFixed(2)} MB`;
+  addLatents(card.latents);
+  const examples = await addExamples();
+  for (const slot of ["a", "b"]) {
+    shown[slot] = { pixels: examples[0], code: await encode(examples[0]) };
+  }
+  await put("b", () => examples[1]);
+  for (let i = 0; i < TIMED; i++) await decode(await encode(examples[0])); // the first are slow
+  await put("a", () => examples[0]);
   listen();
-  await addSamples();
-  for (let i = 0; i < KEPT; i++) await decode(z); // the first are slow
+  document.querySelector("main").inert = false;
   document.body.dataset.state = "ready";
-  backToImages();
 }
 
 if (location.protocol !== "file:") {
