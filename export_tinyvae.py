@@ -57,7 +57,7 @@ STUDENT = BEST_STUDENT  # a file in the checkpoint folder, or a path; else the r
 FP16 = False  # half precision too: half the bytes
 INT8 = False  # INT8 too: a quarter of the bytes
 EXECUTORCH = False  # .pte programs for phones (XNNPACK) too, of fp32 and, with --int8, of INT8
-WEB = False  # put models and sample images into web/ as well
+WEB = False  # put the student and example images into web/ as well
 
 # --- Images: INT8 is calibrated on the training split, everything is measured on the test split ---
 DATA = "checkpoint"  # what the student was trained on, or cifar10, dead-leaves, or a folder

@@ -1,4 +1,4 @@
-"""The test suite: `pytest`. Generated images, no network, no GPU; about 3 minutes on 2 cores.
+"""The test suite: `pytest`. Generated images, no network, no GPU; about 4 minutes on 2 cores.
 
 The real scripts run here with tiny budgets, in this process where that shows the same, and as
 subprocesses where it matters: killed, interrupted, without a network, out of disk space.
