@@ -7,6 +7,7 @@ import io
 
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from data import spread, to_float
 from losses import kl_divergence
@@ -17,7 +18,7 @@ PAIRS = 4  # pairs in the interpolation picture
 STEPS = 9  # images from one end of an interpolation or traversal to the other, ends included
 SAMPLE_ROWS = 2  # rows of prior samples for each model
 TRAVERSED = 8  # latents in the traversal picture
-COLOURS = [f"C{i}" for i in range(10) if i != 7]  # matplotlib's, without the grey
+COLOURS = [f"C{i}" for i in range(10) if i != 7] + ["k"]  # matplotlib's, without the grey
 REACH = 3.0  # standard deviations of the prior to which a traversal goes, either way
 PANELS = (("mse", "MSE from mu, pixels in [0, 1]"), ("perceptual", "perceptual distance"))
 ERROR_GAIN = 4  # errors are small: drawn this many times larger
@@ -200,7 +201,7 @@ def draw_rate_distortion(path, summary, floors, title):
             ax.plot(*zip(*scratch), color="tab:grey", linewidth=1, label="scratch, other rates")
         colours = {}  # of the variants, scratch in grey
         for found in shown:
-            colour = "tab:grey" if found["variant"] == "scratch" else COLOURS[len(colours) % 9]
+            colour = "tab:grey" if found["variant"] == "scratch" else COLOURS[len(colours) % 10]
             colours.setdefault(found["variant"], colour)
             (rate, rate_spread), (value, spread) = found["kl_nats"], found[measure]
             ax.errorbar(
@@ -219,15 +220,22 @@ def draw_rate_distortion(path, summary, floors, title):
             )
             ax.set_ylim(min(bottom, 0.97 * floors["PCA"]), top)
         ax.set_xlim(left * 0.95, right * 1.15)
+        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
         ax.xaxis.set_major_formatter("{x:g}")
-        ax.xaxis.set_minor_formatter("{x:g}")
-        ax.tick_params(which="both", labelsize=8)
+        ax.xaxis.set_minor_formatter("")
+        ax.tick_params(labelsize=8)
         ax.set_xlabel("rate: KL of an image, nats", fontsize=9)
         ax.set_ylabel(name, fontsize=9)
         ax.grid(alpha=0.3)
         if ax.get_legend_handles_labels()[1]:
             ax.legend(fontsize=8)
-        points = [(found["kl_nats"][0], found[measure][0], found["variant"]) for found in shown]
+        # Of the students from scratch the one of full's rate, which has all seeds, gets a name.
+        seeds = max(found["students"] for found in shown)
+        points = [
+            (found["kl_nats"][0], found[measure][0], found["variant"])
+            for found in shown
+            if found["variant"] != "scratch" or found["students"] == seeds
+        ]
         label_points(ax, points, colours)
     save_figure(figure, path)
 
