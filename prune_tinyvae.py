@@ -4,7 +4,6 @@
     python prune_tinyvae.py --vgg none --ratios 0.5 --epochs 1 --no-fresh          # a trial
     python prune_tinyvae.py --vgg PATH --split test      # the final figures of those trained
     python test_trained_model.py --student checkpoints/pruned/tinyvae_pruned_0.6.pth
-    python export_tinyvae.py --student checkpoints/pruned/tinyvae_pruned_0.6.pth --int8
 
 Whole channels go, those of the smallest weights (torch-pruning), so that what is left is a
 TinyVAE32 with other channel numbers: smaller, faster, and loaded by every script. The 64 latents
@@ -13,7 +12,7 @@ the same channel numbers, terms and steps, from random weights.
 
 It needs a teacher: distill_tinyvae.py leaves one in checkpoints/. The same command again goes on
 where it stopped. Writes the students into checkpoints/pruned/, pruning.csv and pruning.png, and
-prints a table. On 2 CPU cores a student takes about 4 minutes per 5 epochs of CIFAR-10.
+prints a table. On 2 CPU cores a student takes about 5 minutes for 5 epochs of CIFAR-10.
 Needs `pip install -r requirements-deploy.txt`.
 """
 
