@@ -360,17 +360,19 @@ def train_once(job, name, path, recipe, make_stage):
 
     Returns the file's content: model, architecture, epoch, rows, record.
     """
-    unfinished = path.with_suffix(".unfinished.pth")
-    for earlier in (path, unfinished):
-        if earlier.exists():
-            remedy = "or move the file away to train it anew"
-            job.check_recipe(load_checkpoint(earlier), earlier, recipe, remedy)
+    remedy = "or move the file away to train it anew"
     if path.exists():
-        return load_checkpoint(path)
+        trained = load_checkpoint(path)
+        job.check_recipe(trained, path, recipe, remedy)
+        return trained
+    unfinished = path.with_suffix(".unfinished.pth")
+    state = load_checkpoint(unfinished) if unfinished.exists() else None
+    if state:
+        job.check_recipe(state, unfinished, recipe, remedy)
     print(f"\n{name}")
     stage = make_stage()
-    if unfinished.exists():
-        stage.load_state(load_checkpoint(unfinished))
+    if state:
+        stage.load_state(state)
         print(f"goes on after epoch {len(stage.rows)}")
     for _ in stage.run():
         save_checkpoint(unfinished, stage.state() | {"record": job.record})
