@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from data import Split, load_test_images, load_training_images, to_float
+from data import Split, load_test_images, load_training_images, spread, to_float
 from distill_tinyvae import RECIPE, Job, ask_teacher, settings_for, student_stage, train_once
 from losses import LatentProjection, PerceptualLoss, load_vgg16
 from metrics import (
@@ -203,6 +203,10 @@ class Laboratory:
                 "them: name others, or --judge none"
             )
 
+    @property
+    def judged(self):
+        return spread(self.exam.images, self.settings.judged)
+
     @functools.cached_property
     def exam_mu(self):
         return encode_means(self.teacher, self.exam.images)
@@ -242,13 +246,15 @@ class Laboratory:
 
         trained = train_once(job, name, path, (*RECIPE, "teacher_sha256"), make_stage)
         measured = trained.setdefault("measured", {})
-        if self.settings.split not in measured:
+        exam = f"{self.settings.split}, judge {self.judge_record['vgg_sha256']}"
+        exam += f" on {len(self.judged)}" if self.judge else ""
+        if exam not in measured:
             vae = load_model(path, TinyVAE32)[0].to(self.device, memory_format=torch.channels_last)
-            measured[self.settings.split] = self.measure(vae)
+            measured[exam] = self.measure(vae)
             save_checkpoint(path, trained)
         last = trained["rows"][-1]
         row = {"variant": variant, "seed": seed, "kl_weight": job.settings.kl_weight}
-        row |= {"split": self.settings.split} | measured[self.settings.split]
+        row |= {"split": self.settings.split} | measured[exam]
         row |= {"val_mse": last["val_mse"], "val_kl_nats": last["kl_nats"]}
         row["projected_std"] = last.get("projected_std")
         row["seconds"] = round(sum(epoch["seconds"] for epoch in trained["rows"]), 1)
@@ -260,8 +266,7 @@ class Laboratory:
         found.pop("kl_per_latent")
         found["sampled_mse"] = sampled_mse(vae, self.exam.images)
         if self.judge:
-            judged = self.exam.images[: self.settings.judged or None]
-            found["perceptual"] = perceptual_distance(vae, judged, self.judge)
+            found["perceptual"] = perceptual_distance(vae, self.judged, self.judge)
         return found | evaluate_code(vae, self.exam, self.train_split, self.exam_mu)
 
 
@@ -343,8 +348,8 @@ def summarise(rows):
         for figure in FIGURES:
             values = [row[figure] for row in group if row.get(figure) is not None]
             if values:
-                spread = statistics.stdev(values) if len(values) > 1 else 0.0
-                found[figure] = (statistics.mean(values), spread)
+                deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+                found[figure] = (statistics.mean(values), deviation)
         summary.append(found)
     return summary
 
@@ -367,8 +372,9 @@ def table_row(found, summary, matched):
     def cell(figure, digits, scale=1):
         if figure not in found:
             return "–"
-        mean, spread = (scale * value for value in found[figure])
-        return f"{mean:.{digits}f}" + (f" ± {spread:.{digits}f}" if found["students"] > 1 else "")
+        mean, deviation = (scale * value for value in found[figure])
+        several = found["students"] > 1
+        return f"{mean:.{digits}f}" + (f" ± {deviation:.{digits}f}" if several else "")
 
     def gain(figure):
         share = against_scratch(found, summary, figure)
@@ -437,7 +443,7 @@ def ablate(settings):
     print(
         "\nMean ± standard deviation over seeds. vs scratch: against scratch at the same rate, "
         "between its points on the\nrate–distortion plane. perceptual: distance of VGG16 features "
-        f"(judge) on {settings.judged or len(exam.images):,} images. CKA: with the teacher's mu. "
+        f"(judge) on {len(laboratory.judged):,} images. CKA: with the teacher's mu. "
         "5-NN, probe: class accuracy from mu."
     )
     print(

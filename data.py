@@ -287,8 +287,10 @@ def to_float(images):
 
 
 def spread(images, count):
-    """`count` images spread evenly over a split: the same ones each time."""
-    return images[torch.linspace(0, len(images) - 1, min(count, len(images))).long()]
+    """`count` images spread evenly over a split: the same ones each time, and of all classes, which
+    folders are sorted by. 0 takes all."""
+    count = min(count or len(images), len(images))
+    return images[torch.linspace(0, len(images) - 1, count).long()]
 
 
 def shuffled_batches(count, batch_size, generator):

@@ -247,7 +247,7 @@ def draw_bars(path, rows, title):
     counts = [sum(row["stage"] == stage for row in rows) for stage in stages]
     figure = Figure(figsize=(8, 0.28 * len(rows) + 1.5), layout="constrained")
     figure.suptitle(title, fontsize=10)
-    axes = figure.subplots(len(stages), 1, squeeze=False, height_ratios=counts)[:, 0]
+    axes = figure.subplots(len(stages), sharex=True, squeeze=False, height_ratios=counts)[:, 0]
     for ax, stage in zip(axes, stages):
         shown = [row for row in rows if row["stage"] == stage]
         colours = ["tab:blue" if row["variant"] == "ours" else "tab:grey" for row in shown]

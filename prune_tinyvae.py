@@ -193,8 +193,7 @@ def measure(laboratory, name, vae, ratio=0.0):
     vae.to(laboratory.device, memory_format=torch.channels_last)
     found = evaluate_vae(vae, laboratory.exam.images)
     if laboratory.judge:
-        judged = laboratory.exam.images[: laboratory.settings.judged or None]
-        found["perceptual"] = perceptual_distance(vae, judged, laboratory.judge)
+        found["perceptual"] = perceptual_distance(vae, laboratory.judged, laboratory.judge)
     channels = vae.architecture["encoder_channels"] + vae.architecture["decoder_channels"]
     row = {
         "student": name,

@@ -1307,7 +1307,12 @@ def test_the_released_student_is_what_its_card_says(tmp_path, capsys, monkeypatc
 def test_pictures_show_the_same_images_each_time():
     images = data.dead_leaves(100, 0, "test")
     assert torch.equal(data.spread(images, 10), data.spread(images, 10))
-    assert len(data.spread(images[:3], 10)) == 3
+    assert len(data.spread(images[:3], 10)) == len(data.spread(images[:3], 0)) == 3
+
+
+def test_images_picked_from_a_split_are_of_all_its_classes():
+    labels = torch.arange(10).repeat_interleave(1000)  # as a folder of images is sorted
+    assert data.spread(labels, 2000).bincount().tolist() == [200] * 10
 
 
 # --- The ablation ---
@@ -1400,6 +1405,12 @@ def test_an_ablation_goes_on_where_it_stopped(tiny_run, tmp_path, capsys, monkey
         again = list(csv.DictReader(file))
     assert [row["val_mse"] for row in rows] == [row["val_mse"] for row in again]
     assert rows[0]["mse"] != again[0]["mse"]
+    perceptual = []
+    for judged in ("2", "4"):  # another exam is another measurement of the same students
+        ablate_distillation.main([*flags, "--judge", "random", "--judged", judged])
+        with (tmp_path / "outputs" / "ablation.csv").open() as file:
+            perceptual.append(float(next(csv.DictReader(file))["perceptual"]))
+    assert perceptual[0] != perceptual[1]
     with pytest.raises(InputError, match="epochs was 2, is 3"):
         ablate_distillation.main([*flags, "--epochs", "3"])
     with pytest.raises(InputError, match="no variant 'no teacher': choose from no rec"):

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from data import Split, to_float
+from data import Split, spread, to_float
 from losses import PerceptualLoss, load_vgg16
 from metrics import (
     encode_means,
@@ -127,9 +127,9 @@ def measure_code(vae, teacher_mu, test, train, judge, judged):
     found = evaluate_code(vae, test, train, teacher_mu)
     found["sampled_mse"] = sampled_mse(vae, test.images)
     if judge:
-        images = test.images[: judged or None]
+        images = spread(test.images, judged)
         found["perceptual"] = perceptual_distance(vae, images, judge)
-        found["unevenness"] = interpolation_unevenness(vae, images[:INTERPOLATED], judge)
+        found["unevenness"] = interpolation_unevenness(vae, spread(images, INTERPOLATED), judge)
     return found
 
 
