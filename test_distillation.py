@@ -28,6 +28,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import ablate_distillation
 import bench_training
@@ -1444,6 +1445,31 @@ def test_our_step_does_what_the_straightforward_loop_does(bench, monkeypatch):
     our_losses = [ours()["loss"].item() for _ in range(10)]
     assert our_losses == pytest.approx(plain_losses, rel=1e-3)
     assert our_losses[-1] < 0.95 * our_losses[0]
+
+
+class NoLooking(TorchDispatchMode):
+    """Refuses operations that need a value on the CPU, for which a GPU would have to be waited."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        tags = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+        waits = tags & set(function.tags)
+        if function is torch.ops.aten.index.Tensor:  # by a mask its shape depends on values
+            waits = any(index.dtype == torch.bool for index in args[1] if index is not None)
+        assert not waits, f"{function} looks at a value"
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("stage", ["teacher", "student"])
+def test_a_training_step_looks_at_no_value(bench, stage, precision):
+    # A CUDA graph cannot be made of one that does, and any other GPU would stand still for it.
+    bench.job.precision = precision
+    step = bench_training.ours(bench, stage)
+    step()  # Adam makes its moments
+    with NoLooking():
+        found = step()
+        with pytest.raises(AssertionError, match="looks at a value"):
+            found["loss"].item()
 
 
 def test_the_bench_counts_the_work_there_is(bench):
