@@ -207,6 +207,8 @@ class Job:
         state = load_checkpoint(path)
         try:
             stage.load_state(state)
+        except torch.OutOfMemoryError:  # says nothing against the checkpoint
+            raise
         except (KeyError, RuntimeError, ValueError, TypeError) as error:
             reason = str(error).splitlines()[0]
             raise InputError(
@@ -518,7 +520,8 @@ def distil(settings, device):
 
     print_results(job, {"teacher": teacher, "student, best epoch": student})
     if device.type == "cuda":
-        print(f"\nPeak GPU memory: {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB")
+        peak = torch.cuda.max_memory_reserved() / 2**30
+        print(f"\nPeak GPU memory: {peak:.2f} GiB, beside what CUDA itself takes")
     print(f"\nDone in {(time.perf_counter() - start) / 60:.1f} minutes. Written:")
     for path in [job.checkpoint("teacher_vae.pth"), *find_files(settings, RUN_FILES + DRAWN)]:
         print(f"  {path}")

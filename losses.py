@@ -99,9 +99,7 @@ class LatentProjection(nn.Module):
 
     def forward(self, teacher_mu):
         """N×512 → N×64, zero mean and unit variance over the training images."""
-        # bf16 would lose the small components that whitening magnifies.
-        with torch.autocast(teacher_mu.device.type, enabled=False):
-            return self.rotation(F.linear(teacher_mu - self.mean, self.whitening))
+        return self.rotation(F.linear(teacher_mu - self.mean, self.whitening))
 
     def tangent(self, gradient):
         """The part of Q's gradient that keeps rows orthonormal to first order: G − sym(G Qᵀ) Q.
@@ -363,6 +361,11 @@ class DistillationLoss(Criterion):
         if isinstance(self.projection, LatentProjection):
             self.projection.retract()
 
+    def latent_targets(self, teacher_mu):
+        # 16 bits would lose the small components that whitening magnifies.
+        with torch.autocast(teacher_mu.device.type, enabled=False):
+            return self.projection(teacher_mu)
+
     def forward(
         self, images, logits, mean_logits, mu, logvar, teacher_logits=None, teacher_mu=None
     ):
@@ -370,7 +373,7 @@ class DistillationLoss(Criterion):
         functions = {
             "reconstruction": lambda: reconstruction_loss(torch.sigmoid(logits), images),
             "kl": lambda: KL_SHARE * kl_loss(mu, logvar),
-            "latent": lambda: latent_distillation_loss(mu, self.projection(teacher_mu)),
+            "latent": lambda: latent_distillation_loss(mu, self.latent_targets(teacher_mu)),
             "output": lambda: output_distillation_loss(
                 mean_logits, teacher_logits, self.temperature
             ),

@@ -165,7 +165,8 @@ def linear_cka(codes, others):
     Kornblith et al. 2019, arXiv:1905.00414. 1 where one code is a rotation and scaling of the
     other; 0 where no direction of one is correlated with any of the other.
     """
-    x, y = (code - code.mean(0) for code in (codes.double(), others.double()))
+    # On the CPU, since Apple's GPUs have no double precision.
+    x, y = (code - code.mean(0) for code in (codes.cpu().double(), others.cpu().double()))
     return ((x.T @ y).norm().square() / ((x.T @ x).norm() * (y.T @ y).norm())).item()
 
 
@@ -209,7 +210,7 @@ def linear_probe_accuracy(codes, labels, test_codes, test_labels):
     with torch.enable_grad():
         optimizer.step(loss)
     with torch.no_grad():
-        return (probe(test_codes).argmax(1) == test_labels).double().mean().item()
+        return (probe(test_codes).argmax(1) == test_labels).float().mean().item()
 
 
 # --- Perception, as VGG16 has it ---

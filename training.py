@@ -226,10 +226,10 @@ class Stage:
 class StepGraph:
     """A training step as one CUDA graph: a single launch in place of several hundred.
 
-    At this batch size a step is bound by launches, not by arithmetic. The first steps run as they
-    are, on a stream of their own, as capture demands: they allocate what lasts, and cuDNN chooses
-    its algorithms. Then a step is recorded, and every one from there on is that recording played
-    on other images. Nothing in a step may look at a value on the GPU.
+    At this batch size many kernels are done before the next could be launched. The first steps run
+    as they are, on a stream of their own, as capture demands: they allocate what lasts, and cuDNN
+    chooses its algorithms. Then a step is recorded, and every one from there on is that recording
+    played on other images. Nothing in a step may look at a value on the GPU.
 
     Raises InputError if a step cannot be recorded.
     """
@@ -262,10 +262,11 @@ class StepGraph:
             # Other threads, such as tqdm's, may do as they like.
             with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
                 self.found = self.train_step(self.index)
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:
-            reason = str(error).splitlines()[0]
+            cause = error.__context__ or error  # ending a capture that failed fails in its turn
+            if isinstance(cause, torch.OutOfMemoryError):
+                raise cause from None
+            reason = str(cause).splitlines()[0]
             raise InputError(
                 f"a training step could not be captured as a CUDA graph ({reason}): run with "
                 "--no-graph"
