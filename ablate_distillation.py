@@ -377,6 +377,8 @@ def table_row(found, summary, matched):
         return f"{mean:.{digits}f}" + (f" ± {deviation:.{digits}f}" if several else "")
 
     def gain(figure):
+        if found["variant"] == "scratch":
+            return "–"
         share = against_scratch(found, summary, figure)
         return "–" if share is None else f"{share:+.1%}"
 
@@ -439,7 +441,11 @@ def ablate(settings):
         if found["variant"] == "full" or found["kl_weight"] == matched
     }
     print()
-    print_table([table_row(found, summary, matched) for found in summary])
+    scratch = [found for found in summary if found["variant"] == "scratch"]
+    scratch.sort(key=lambda found: found["kl_nats"])
+    others = [found for found in summary if found["variant"] != "scratch"]
+    ordered = [others[0], *scratch, *others[1:]]
+    print_table([table_row(found, summary, matched) for found in ordered])
     print(
         "\nMean ± standard deviation over seeds. vs scratch: against scratch at the same rate, "
         "between its points on the\nrate–distortion plane. perceptual: distance of VGG16 features "
