@@ -203,7 +203,7 @@ class Laboratory:
                 "them: name others, or --judge none"
             )
 
-    @property
+    @functools.cached_property
     def judged(self):
         return spread(self.exam.images, self.settings.judged)
 
