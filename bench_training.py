@@ -311,8 +311,8 @@ def time_variants(bench, variants, seconds, repeats):
     return times
 
 
-def spread(values):
-    """Half the distance between the quartiles; half the range of fewer than four values."""
+def half_interquartile(values):
+    """A spread: half the distance between the quartiles; half the range of fewer than four."""
     if len(values) < 4:
         return (max(values) - min(values)) / 2
     low, _, high = statistics.quantiles(values, n=4, method="inclusive")
@@ -486,7 +486,7 @@ def bench_training(settings):
             "stage": stage,
             "variant": variant,
             "ms_per_step": 1000 * medians[stage, variant],
-            "spread_ms": 1000 * spread(times[stage, variant]),
+            "spread_ms": 1000 * half_interquartile(times[stage, variant]),
             "ratio": medians[stage, "straightforward"] / medians[stage, variant],
             "precision": bench.precision,
             "device": describe_device(bench.device),

@@ -5,8 +5,8 @@
 Squared errors are means over what they compare, pixel or feature values; nats are divided by the
 3,072 values of an image. With pixels and nats over the same divisor a ratio of weights means what
 it says: KL over reconstruction, 0.1 / 0.3 × KL_SHARE, is the beta of a beta-VAE on summed errors.
-(Averaging KL over 64 latents instead makes 0.1 / 0.3 a beta of 16, at which theory keeps 3 latents
-of 64 alive: Lucas et al. 2019, arXiv:1911.02469.)
+(Averaging KL over 64 latents instead makes 0.1 / 0.3 alone a beta of 16, at which theory keeps 3
+latents of 64 alive: Lucas et al. 2019, arXiv:1911.02469.)
 
 Images are in [0, 1], N×3×32×32; a VAE offers mu, logvar, and its decoder's logits.
 """
