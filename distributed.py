@@ -1,22 +1,25 @@
-"""Several processes, one run: each batch is dealt out, and the result is that of one process.
+"""torchrun: several processes train one model, and the result is that of one process.
 
     torchrun --nproc_per_node=2 distill_tinyvae.py --data PATH --vgg PATH
 
 Every process holds all images and takes every Nth image of each batch. Gradients are averaged,
-BatchNorm's statistics are those of the whole batch, and so is the noise of the latents: what comes
-out differs from a single process by rounding alone. The first process writes and speaks; all of
-them read. Without torchrun nothing here does anything.
+BatchNorm's statistics are those of the whole batch, and so is the noise of the latents: the result
+differs from a single process's by rounding alone. The first process writes and prints. Without
+torchrun every function here does nothing.
+
+DistributedDataParallel is not used: it averages the gradients of one module's forward, and a step
+here calls `encode` and `decode_logits` of one module and the projection of another.
 """
 
 import contextlib
-import io
 import os
-import sys
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.nn.functional import all_reduce
 
 from runtime import InputError
 
@@ -35,38 +38,51 @@ def is_shared():
 
 @contextlib.contextmanager
 def processes(device):
-    """Within it, what torchrun has started works together: over NCCL on CUDA, else over Gloo.
+    """Within it, the processes that torchrun started work together, over NCCL or Gloo.
 
-    When one process dies torchrun ends the others. Over Gloo they notice first, and raise an
-    InputError.
+    Raises InputError where there are more processes than CUDA devices, and over Gloo where another
+    process died. (Over NCCL torchrun ends this one.)
     """
-    if "TORCHELASTIC_RUN_ID" not in os.environ:  # not started by torchrun
+    if not (dist.is_available() and dist.is_torchelastic_launched()):
         yield
         return
     if device.type == "mps":
         raise InputError("torchrun is for CUDA and CPU, this is mps: use --device cpu")
     is_cuda = device.type == "cuda"
+    if is_cuda:
+        own = int(os.environ["LOCAL_RANK"])
+        if own >= torch.cuda.device_count():
+            raise InputError(
+                f"this machine has {torch.cuda.device_count()} CUDA devices: start no more "
+                "processes than that"
+            )
+        torch.cuda.set_device(own)
     dist.init_process_group(
         "nccl" if is_cuda else "gloo",
         timeout=timedelta(hours=2),  # the others wait while the first one downloads and decodes
         device_id=torch.device("cuda", torch.cuda.current_device()) if is_cuda else None,
     )
     try:
-        with contextlib.redirect_stdout(io.StringIO() if rank() else sys.stdout):
+        with contextlib.ExitStack() as stack:
+            if rank():
+                nowhere = stack.enter_context(Path(os.devnull).open("w"))
+                stack.enter_context(contextlib.redirect_stdout(nowhere))
+                stack.enter_context(contextlib.redirect_stderr(nowhere))
             yield
     except RuntimeError as error:  # Gloo has no error class of its own
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
         raise InputError(
-            f"process {rank()} of {world_size()} lost another one, which ended before its time: "
-            "every finished epoch is saved, the same command with --resume goes on"
+            f"process {rank()} of {world_size()} lost the connection to another one: every "
+            "finished epoch is saved, and the same command with --resume goes on"
         ) from error
-    dist.destroy_process_group()
+    finally:
+        dist.destroy_process_group()
 
 
 @contextlib.contextmanager
 def first_process_first():
-    """The first process goes through the block, then all others, who find what it has cached."""
+    """The first process runs the block, then all others, which find what it has cached."""
     if rank():
         wait_for_all()
     yield
@@ -79,44 +95,13 @@ def wait_for_all():
         dist.barrier()
 
 
-def my_share(rows):
-    """This process's rows of a batch or a split: every Nth. The same rows without torchrun."""
+def own_rows(rows):
+    """This process's rows of a batch or a split: every Nth."""
     return rows[rank() :: world_size()]
 
 
-@torch.no_grad()
-def start_equal(*modules):
-    """Parameters and buffers of the first process, everywhere."""
-    if is_shared():
-        for module in modules:
-            for tensor in (*module.parameters(), *module.buffers()):
-                dist.broadcast(tensor, 0)
-
-
-@torch.no_grad()
-def average_gradients(parameters):
-    """Each gradient → its mean over all processes, in one exchange."""
-    if world_size() == 1:
-        return
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    flat = torch.cat([gradient.flatten() for gradient in gradients])
-    dist.all_reduce(flat)
-    flat /= world_size()
-    parts = flat.split([gradient.numel() for gradient in gradients])
-    for gradient, part in zip(gradients, parts):
-        gradient.copy_(part.view_as(gradient))
-
-
-def average(tensor):
-    """The mean of a tensor over all processes."""
-    if world_size() > 1:
-        dist.all_reduce(tensor)
-        tensor /= world_size()
-    return tensor
-
-
-def gather_rows(own, count):
-    """What each process found for `my_share` of `count` rows → all rows, in order, everywhere."""
+def all_rows(own, count):
+    """What each process computed for `own_rows` of `count` rows → all rows, in order."""
     if world_size() == 1:
         return own
     rows = own.new_zeros(count, *own.shape[1:])
@@ -125,59 +110,61 @@ def gather_rows(own, count):
     return rows
 
 
-class SumOverProcesses(torch.autograd.Function):
-    """The sum of a tensor over all processes; so is its gradient."""
-
-    @staticmethod
-    def forward(ctx, tensor):
-        total = tensor.clone()
-        dist.all_reduce(total)
-        return total
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return SumOverProcesses.forward(ctx, gradient)
+@torch.no_grad()
+def copy_from_first(module):
+    """The first process's parameters and buffers, in every process."""
+    if is_shared():
+        for tensor in (*module.parameters(), *module.buffers()):
+            dist.broadcast(tensor, 0)
 
 
-class SharedBatchNorm(nn.BatchNorm2d):
-    """BatchNorm2d whose statistics in training are those of all processes' images.
+@torch.no_grad()
+def average(tensors):
+    """Replace each tensor by its mean over all processes, in one exchange."""
+    if world_size() > 1:
+        mean = nn.utils.parameters_to_vector(tensors)
+        dist.all_reduce(mean)
+        mean /= world_size()
+        for tensor, part in zip(tensors, mean.split([tensor.numel() for tensor in tensors])):
+            tensor.copy_(part.view_as(tensor))
 
-    nn.SyncBatchNorm, which does this too, is for GPUs alone.
-    """
+
+def share_batch_norm(model):
+    """BatchNorm over the images of all processes, in place of every BatchNorm2d of a model."""
+    if world_size() == 1:
+        return
+    if next(model.parameters()).device.type == "cuda":
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        return
+    for layers in (model.encoder, model.decoder):
+        for i, layer in enumerate(layers):
+            if isinstance(layer, nn.BatchNorm2d):
+                layers[i] = CPUSyncBatchNorm(layer.num_features, layer.eps, layer.momentum)
+                layers[i].load_state_dict(layer.state_dict())
+
+
+class CPUSyncBatchNorm(nn.BatchNorm2d):
+    """nn.SyncBatchNorm for CPUs, which it refuses."""
 
     def forward(self, x):
         if not self.training:
             return super().forward(x)
         values = x.float()
-        # One exchange, there and back: each process fills in its own row and the sum is the table.
         mean = values.mean((0, 2, 3))
         deviation = values - mean.view(-1, 1, 1)  # Tensor.var is far slower on CPUs
         own = torch.stack([mean, deviation.square().mean((0, 2, 3))])
         table = own.new_zeros(world_size(), *own.shape)
         table[rank()] = own
-        means, variances = SumOverProcesses.apply(table).unbind(1)
+        table = all_reduce(table)  # and so is its gradient
+        means, variances = table.unbind(1)
         mean = means.mean(0)
         variance = (variances + (means - mean).square()).mean(0)
-        self.keep(mean.detach(), variance.detach(), world_size() * values[:, 0].numel())
+        with torch.no_grad():
+            count = world_size() * values[:, 0].numel()
+            self.num_batches_tracked += 1
+            share = self.momentum or 1 / self.num_batches_tracked.item()
+            self.running_mean.lerp_(mean, share)
+            self.running_var.lerp_(variance * (count / (count - 1)), share)
         scale = self.weight * (variance + self.eps).rsqrt()
         normal = (values - mean.view(-1, 1, 1)) * scale.view(-1, 1, 1) + self.bias.view(-1, 1, 1)
         return normal.to(x.dtype)
-
-    @torch.no_grad()
-    def keep(self, mean, variance, count):
-        self.num_batches_tracked += 1
-        share = self.momentum or 1 / self.num_batches_tracked.item()
-        self.running_mean.lerp_(mean, share)
-        self.running_var.lerp_(variance * (count / (count - 1)), share)
-
-
-def share_batch_norm(model):
-    """Put a SharedBatchNorm, with the same state, in place of every BatchNorm2d of a model."""
-    if world_size() == 1:
-        return
-    for parent in list(model.modules()):
-        for name, layer in list(parent.named_children()):
-            if type(layer) is nn.BatchNorm2d:
-                shared = SharedBatchNorm(layer.num_features, layer.eps, layer.momentum)
-                shared.load_state_dict(layer.state_dict())
-                setattr(parent, name, shared)

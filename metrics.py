@@ -1,5 +1,5 @@
-"""How good a reconstruction is, what a code carries and resembles, how fast a model runs, and the
-floors: PCA, and the rate–distortion bound of a Gaussian source.
+"""How good a reconstruction is, what the latents carry, how fast a model runs, and the baselines:
+PCA, and the rate–distortion bound of a Gaussian source.
 
 Everything takes images as uint8, N×3×32×32, compares pixels in [0, 1], and decodes from mu.
 """
@@ -138,24 +138,24 @@ def encode_means(vae, images, precision="fp32"):
     return torch.cat(means)
 
 
-def evaluate_code(vae, exam, train, teacher_mu=None):
-    """What mu is worth beyond reconstruction, in fp32.
+def evaluate_code(vae, held_out, train, teacher_mu=None):
+    """How mu compares with the teacher's, and how well it tells classes apart, in fp32.
 
     Args:
         vae: the model.
-        exam: Split to measure on.
+        held_out: Split to measure on.
         train: Split whose codes the classifiers learn from.
-        teacher_mu: the teacher's mu of the exam's images, if there is a teacher.
+        teacher_mu: the teacher's mu of the held-out images, if there is a teacher.
 
     Returns cka, where there is a teacher, and knn_accuracy and probe_accuracy, where both splits
     have labels.
     """
-    mu = encode_means(vae, exam.images)
+    mu = encode_means(vae, held_out.images)
     found = {} if teacher_mu is None else {"cka": linear_cka(mu, teacher_mu)}
-    if exam.labels is not None and train.labels is not None:
+    if held_out.labels is not None and train.labels is not None:
         known = encode_means(vae, train.images), train.labels
-        found["knn_accuracy"] = nearest_neighbour_accuracy(*known, mu, exam.labels)
-        found["probe_accuracy"] = linear_probe_accuracy(*known, mu, exam.labels)
+        found["knn_accuracy"] = nearest_neighbour_accuracy(*known, mu, held_out.labels)
+        found["probe_accuracy"] = linear_probe_accuracy(*known, mu, held_out.labels)
     return found
 
 
@@ -213,15 +213,26 @@ def linear_probe_accuracy(codes, labels, test_codes, test_labels):
         return (probe(test_codes).argmax(1) == test_labels).float().mean().item()
 
 
-# --- Perception, as VGG16 has it ---
+# --- Distances of VGG16 features ---
+
+
+def vgg_distances(vgg, images, others):
+    """Distance of each pair of images in [0, 1], N numbers: 0 for equal images, at most 4.
+
+    The squared distance of unit features, summed over channels; mean over positions and the three
+    layers. This is LPIPS without its learned weights (Zhang et al. 2018, arXiv:1801.03924). The
+    perceptual term of the training loss weighs the layers otherwise: `perceptual_loss`.
+    """
+    layers = [(a - b).square().sum(1).mean((1, 2)) for a, b in zip(vgg(images), vgg(others))]
+    return torch.stack(layers).mean(0)
 
 
 @torch.no_grad()
-def perceptual_distance(vae, images, judge, precision="fp32"):
-    """Mean distance of images from their reconstructions in the features of `judge`.
+def vgg_distance(vae, images, judge, precision="fp32"):
+    """Mean VGG distance of uint8 images from their reconstructions.
 
-    `judge` is a PerceptualLoss whose VGG16 took no part in training the model: what a model was
-    trained to please cannot judge it.
+    `judge` is a VGGFeatures whose weights took no part in training the model: a model cannot be
+    judged by what it was trained to please.
     """
     vae.eval()
     total = 0
@@ -229,7 +240,7 @@ def perceptual_distance(vae, images, judge, precision="fp32"):
         batch = to_float(chunk)
         with autocast(batch.device, precision):
             reconstruction = vae.decode(vae.encode(batch)[0])
-        total += judge.distance(reconstruction.float(), batch).sum().item()
+        total += vgg_distances(judge, reconstruction.float(), batch).sum().item()
     return total / len(images)
 
 
@@ -238,7 +249,7 @@ def interpolation_unevenness(vae, images, judge, steps=8):
     """How unevenly straight lines in latent space change what is seen: 0 for perfectly even.
 
     Consecutive pairs of images; the line between their mu is decoded at steps + 1 points, and the
-    perceptual distance of each point to the next measured. The standard deviation of these
+    VGG distance of each point to the next measured. The standard deviation of these
     distances over their mean, averaged over the pairs.
     """
     vae.eval()
@@ -248,13 +259,13 @@ def interpolation_unevenness(vae, images, judge, steps=8):
         weights = torch.linspace(0, 1, steps + 1, device=mu.device)[:, None, None]
         points = torch.lerp(mu[0::2], mu[1::2], weights)                       # points×pairs×D
         decoded = vae.decode(points.flatten(0, 1)).unflatten(0, points.shape[:2])
-        lengths = judge.distance(decoded[1:].flatten(0, 1), decoded[:-1].flatten(0, 1))
+        lengths = vgg_distances(judge, decoded[1:].flatten(0, 1), decoded[:-1].flatten(0, 1))
         lengths = lengths.unflatten(0, (steps, -1)).sqrt()
         found.append(lengths.std(0) / lengths.mean(0))
     return torch.cat(found).mean().item()
 
 
-# --- The floors ---
+# --- Baselines ---
 
 
 class PCA(NamedTuple):

@@ -1,20 +1,8 @@
-"""What every script does around its work: flags from constants, device and precision, errors.
+"""What every script does around its work: errors, device and precision, progress, tables."""
 
-A script's hyperparameters are UPPER_CASE constants at its top, one to a line:
-
-    # --- Optimisation ---
-    BATCH_SIZE = 64  # images per step
-
-`parse_flags` turns each into a flag of the same name, `--batch-size`, with the comment as its
-help and the constant as its default, so that nothing is said twice.
-"""
-
-import argparse
 import contextlib
 import importlib
 import importlib.metadata
-import math
-import os
 import platform
 import re
 import socket
@@ -26,11 +14,11 @@ from tqdm import tqdm
 
 
 class InputError(Exception):
-    """Something the user can mend. Its text is one sentence: what is wrong and what to do."""
+    """A mistake that the user can correct. Its text is one sentence: what is wrong, what to do."""
 
 
-def run(main):
-    """Call a script's main; turn what the user can mend into one sentence and exit code 1."""
+def run_script(main):
+    """Call a script's main. An InputError, or a full GPU, becomes one sentence and exit code 1."""
     try:
         main()
     except InputError as error:
@@ -40,112 +28,6 @@ def run(main):
     except KeyboardInterrupt:
         print("\nInterrupted.", file=sys.stderr)
         sys.exit(130)
-
-
-# --- Flags ---
-
-
-def one_of(*choices):
-    return (lambda value: value in choices, "must be one of " + ", ".join(choices))
-
-
-def at_least(low):
-    return (lambda value: value >= low, f"must be at least {low}")
-
-
-POSITIVE = (lambda value: 0 < value < math.inf, "must be a positive number")
-NOT_NEGATIVE = (lambda value: 0 <= value < math.inf, "must be zero or a positive number")
-NOT_EMPTY = (lambda value: bool(str(value)), "must not be empty")
-
-# What a value must satisfy, on every script that has the flag.
-CHECKS = {
-    "data": NOT_EMPTY,
-    "limit": at_least(0),
-    "vgg": NOT_EMPTY,
-    "epochs": at_least(1),
-    "teacher_epochs": at_least(1),
-    "batch_size": at_least(2),  # BatchNorm needs two images to have a variance
-    "learning_rate": POSITIVE,
-    "warmup": (lambda value: 0 <= value <= 1, "must be a share, from 0 to 1"),
-    "temperature": POSITIVE,
-    "perceptual_images": at_least(0),
-    "latent_fade": (lambda value: 0 <= value <= 1, "must be a share, from 0 to 1"),
-    "reconstruction_weight": NOT_NEGATIVE,
-    "kl_weight": NOT_NEGATIVE,
-    "latent_weight": NOT_NEGATIVE,
-    "output_weight": NOT_NEGATIVE,
-    "perceptual_weight": NOT_NEGATIVE,
-    "teacher_kl_weight": NOT_NEGATIVE,
-    "save_every": at_least(1),
-    "variants": NOT_EMPTY,
-    "seeds": at_least(1),
-    "split": one_of("val", "test"),
-    "judge": NOT_EMPTY,
-    "judged": at_least(0),
-    "rate_tolerance": POSITIVE,
-    "workers": at_least(0),
-    "seconds": POSITIVE,
-    "repeats": at_least(1),
-    "calibration_images": at_least(1),
-    "percentile": (lambda value: 50 < value <= 100, "must be above 50, up to 100"),
-    "fp32_tolerance": POSITIVE,
-    "fp16_tolerance": POSITIVE,
-    "int8_tolerance": POSITIVE,
-    "pca_components": (lambda value: 1 <= value <= 3072, "must be between 1 and 3072"),
-    "seed": (lambda value: 0 <= value < 2**32, "must be between 0 and 4294967295"),
-    "device": one_of("auto", "cuda", "cpu", "mps"),
-    "precision": one_of("auto", "fp32", "bf16", "fp16"),
-}
-
-CONSTANT = re.compile(r"^([A-Z][A-Z0-9_]*) = .*?  # (.+)$")
-SECTION = re.compile(r"^# --- (.+) ---$")
-
-
-def parse_flags(script, argv=None, demo_settings=None):
-    """The settings of a run, as a namespace: the script's constants, overridden by flags.
-
-    Args:
-        script: the script's `globals()`.
-        argv: the words after the script's name; None reads the command line.
-        demo_settings: values that `--demo` puts in place of the defaults; a flag given beside
-            `--demo` still wins.
-
-    An unknown flag or a value that makes no sense ends the program with exit code 2.
-    """
-    parser = argparse.ArgumentParser(
-        description=script["__doc__"],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    group = parser
-    for line in Path(script["__file__"]).read_text(encoding="utf-8").splitlines():
-        if line.startswith(("def ", "class ")):  # the constants end where the code begins
-            break
-        if section := SECTION.match(line):
-            group = parser.add_argument_group(section[1])
-        elif constant := CONSTANT.match(line):
-            add_flag(group, constant[1], script[constant[1]], help=constant[2].replace("%", "%%"))
-
-    settings = parser.parse_args(argv)
-    if demo_settings and settings.demo:
-        parser.set_defaults(**demo_settings)
-        settings = parser.parse_args(argv)
-    for name, value in vars(settings).items():
-        is_valid, requirement = CHECKS.get(name, (lambda value: True, ""))
-        if not is_valid(value):
-            parser.error(f"--{name.replace('_', '-')} {requirement}, got {value!r}")
-    return settings
-
-
-def add_flag(group, name, default, help):
-    flag = "--" + name.lower().replace("_", "-")
-    help += f" (default: {default})"
-    if isinstance(default, bool):
-        group.add_argument(
-            flag, action=argparse.BooleanOptionalAction, default=default, help=help
-        )
-    else:
-        group.add_argument(flag, type=type(default), default=default, metavar="", help=help)
 
 
 # --- Device and precision ---
@@ -164,14 +46,6 @@ def pick_device(name):
         raise InputError(
             f"this machine (or this build of PyTorch) has no {name} device: use --device auto"
         )
-    if name == "cuda":
-        own = int(os.environ.get("LOCAL_RANK", 0))  # this process's, where torchrun starts several
-        if own >= torch.cuda.device_count():
-            raise InputError(
-                f"this machine has {torch.cuda.device_count()} CUDA devices: start no more "
-                "processes than that"
-            )
-        torch.cuda.set_device(own)
     return torch.device(name)
 
 
@@ -214,10 +88,12 @@ def cpuinfo():
     return path.read_text() if path.exists() else ""
 
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
 def autocast(device, precision):
     """The context in which a model runs at this precision on this device."""
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    return torch.autocast(device.type, dtype=dtype, enabled=precision != "fp32")
+    return torch.autocast(device.type, dtype=DTYPES[precision], enabled=precision != "fp32")
 
 
 def describe_device(device):
@@ -233,10 +109,9 @@ def describe_device(device):
 
 
 def progress_bar(iterable=None, **options):
-    """tqdm, which in a log file speaks every half minute instead of ten times a second."""
+    """tqdm, updated every half minute instead of ten times a second where it goes to a file."""
     interval = 0.1 if sys.stderr.isatty() else 30
-    silent = os.environ.get("RANK", "0") != "0"  # of several processes the first speaks
-    return tqdm(iterable, mininterval=interval, dynamic_ncols=True, disable=silent, **options)
+    return tqdm(iterable, mininterval=interval, dynamic_ncols=True, **options)
 
 
 def print_table(rows):

@@ -50,7 +50,7 @@ def downsample(in_channels, out_channels):
     return (
         nn.Conv2d(in_channels, out_channels, 4, stride=2, padding=1),
         nn.BatchNorm2d(out_channels),
-        nn.SiLU(inplace=True),
+        nn.SiLU(),
     )
 
 
@@ -58,5 +58,5 @@ def upsample(in_channels, out_channels):
     return (
         nn.ConvTranspose2d(in_channels, out_channels, 4, stride=2, padding=1),
         nn.BatchNorm2d(out_channels),
-        nn.SiLU(inplace=True),
+        nn.SiLU(),
     )

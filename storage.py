@@ -11,18 +11,14 @@ from pathlib import Path
 
 import torch
 
-from distributed import rank
 from runtime import InputError
 
 
 def write_bytes(path, content):
     """Replace a file by `content` in one step: a reader, or a crash, sees the old or the new.
 
-    Of several processes only the first writes. Raises InputError where the folder cannot be
-    written or the disk is full; the old file stays.
+    Raises InputError where the folder cannot be written or the disk is full; the old file stays.
     """
-    if rank():
-        return
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -42,8 +38,6 @@ def write_bytes(path, content):
 
 def check_writable(folder):
     """Make a folder and try it, before work starts whose results it is to hold."""
-    if rank():
-        return
     trial = Path(folder) / "write_test"
     write_bytes(trial, b"")
     trial.unlink()

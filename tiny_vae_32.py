@@ -58,12 +58,12 @@ def downsample(in_channels, out_channels):
     return (
         nn.Conv2d(in_channels, out_channels, 3, stride=2, padding=1),
         nn.BatchNorm2d(out_channels),
-        nn.SiLU(inplace=True),
+        nn.SiLU(),
     )
 
 
 def upsample(in_channels, out_channels):
-    return double(in_channels, out_channels), nn.BatchNorm2d(out_channels), nn.SiLU(inplace=True)
+    return double(in_channels, out_channels), nn.BatchNorm2d(out_channels), nn.SiLU()
 
 
 def double(in_channels, out_channels):

@@ -1,0 +1,57 @@
+"""A training step as one CUDA graph: a single launch in place of several hundred."""
+
+import gc
+
+import torch
+
+from runtime import InputError
+
+STEPS_BEFORE_CAPTURE = 5
+
+
+class StepGraph:
+    """Calls a step as it is a few times, records it once, and from there on replays the recording.
+
+    At this batch size many kernels finish before the next could be launched. The first steps run as
+    they are, on a stream of their own, as capture demands: they allocate what lasts, and cuDNN
+    chooses its algorithms. A step takes no arguments and returns nothing: what changes from step to
+    step it reads from tensors on the device, and it must not read a value back.
+
+    Raises InputError if the step cannot be recorded.
+    """
+
+    def __init__(self, step):
+        self.step = step
+        self.stream = torch.cuda.Stream()
+        self.calls = 0
+        self.graph = None
+
+    def __call__(self):
+        self.calls += 1
+        if self.calls == STEPS_BEFORE_CAPTURE + 1:
+            self.capture()
+        if self.graph:
+            self.graph.replay()
+            return
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            self.step()
+        torch.cuda.current_stream().wait_stream(self.stream)
+
+    def capture(self):
+        gc.collect()  # an earlier stage's graph must not be freed in the middle of this one
+        graph = torch.cuda.CUDAGraph()
+        try:
+            # Other threads, such as tqdm's, may do as they like.
+            with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
+                self.step()
+        except RuntimeError as error:
+            cause = error.__context__ or error  # ending a capture that failed fails in its turn
+            if isinstance(cause, torch.OutOfMemoryError):
+                raise cause from None
+            reason = str(cause).splitlines()[0]
+            raise InputError(
+                f"a training step could not be captured as a CUDA graph ({reason}): run with "
+                "--no-graph"
+            ) from error
+        self.graph = graph

@@ -1,0 +1,64 @@
+"""What the teacher makes of images that never change: one pass serves every epoch."""
+
+from typing import NamedTuple
+
+import torch
+
+from data import to_float
+from distributed import all_rows, first_process_first, own_rows, rank
+from metrics import EVALUATION_BATCH, encode_means
+from runtime import InputError, autocast, progress_bar
+from storage import fingerprint, load_checkpoint, save_checkpoint
+
+
+class TeacherOutputs(NamedTuple):
+    mu: torch.Tensor      # of the training images, N×512, float32
+    logits: torch.Tensor  # decoded from that mu, N×3×32×32, float16
+    val_mu: torch.Tensor  # of the held-out images, M×512
+
+
+def teacher_outputs(teacher, run, cache=None):
+    """The TeacherOutputs of a run's images.
+
+    Args:
+        teacher: a VAE on the run's device, in evaluation mode.
+        run: a Run of runs.py.
+        cache: a file to keep them in, for runs that share teacher, images and precision: they are
+            read from it where it fits, else computed and written to it.
+    """
+    made_from = {name: run.record[name] for name in ("pixels_sha256", "precision")}
+    made_from["teacher_sha256"] = fingerprint(teacher)
+    with first_process_first():
+        cached = read_cache(cache, made_from, run.device)
+    if cached:
+        return cached
+    mu, logits = compute_outputs(teacher, run.images, run.precision)
+    outputs = TeacherOutputs(mu, logits, encode_means(teacher, run.val_images, run.precision))
+    if cache and not rank():
+        save_checkpoint(cache, {"made_from": made_from, "outputs": outputs._asdict()})
+    return outputs
+
+
+def read_cache(cache, made_from, device):
+    if not cache or not cache.exists():
+        return None
+    try:
+        found = load_checkpoint(cache)
+        if found["made_from"] == made_from:
+            return TeacherOutputs(**{k: v.to(device) for k, v in found["outputs"].items()})
+        print(f"{cache} is of another teacher or other images: computing it again")
+    except (InputError, KeyError, TypeError):
+        print(f"{cache} is damaged: computing it again")
+    return None
+
+
+@torch.no_grad()
+def compute_outputs(teacher, images, precision):
+    mus, logits = [], []
+    chunks = own_rows(images).split(EVALUATION_BATCH)
+    for chunk in progress_bar(chunks, desc="teacher's outputs", unit="batch", leave=False):
+        with autocast(images.device, precision):
+            mu, _ = teacher.encode(to_float(chunk))
+            logits.append(teacher.decode_logits(mu).half())
+        mus.append(mu.float())
+    return all_rows(torch.cat(mus), len(images)), all_rows(torch.cat(logits), len(images))
