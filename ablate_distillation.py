@@ -4,64 +4,55 @@
     python ablate_distillation.py --vgg none --seeds 1 --limit 10000 --epochs 10       # a trial
     python ablate_distillation.py --vgg PATH --judge PATH --split test     # the final figures
 
-Every variant is the same student trained on the same images in the same order for the same steps,
-with the learning rate, batch size and weights at the top of distill_tinyvae.py. `scratch` has no
-teacher and no VGG16: reconstruction + KL, its KL weight searched until its rate (total KL on the
-validation split) is within 1.5% of the full distillation's, since a lower error at a higher rate
-proves nothing.
+Every variant is trained by distill_tinyvae.py, on the same images in the same order for the same
+steps, with one or two flags changed. `scratch` has no teacher and no VGG16: reconstruction and KL
+alone. Its KL weight is searched until its rate (total KL on the validation split) is within 1.5% of
+the full distillation's, since a lower error at a higher rate proves nothing.
 
-It needs a teacher: distill_tinyvae.py leaves one in checkpoints/. The same command again goes on
-where it stopped, from the last finished epoch; another --split measures the students already
-trained. Writes ablation.csv and ablation.png, and prints a table. On 2 CPU cores in fp32 a student
-with VGG16 takes 10 to 16 s per epoch of 10,000 images.
+It needs a teacher: distill_tinyvae.py leaves one in checkpoints/. The same command again resumes
+where it stopped; another --split measures the students that are trained already. Writes
+ablation.csv and ablation.png, and prints a table. On 2 CPU cores in fp32 a student with VGG16 takes
+10 to 16 s per epoch of 10,000 images.
 """
 
-import functools
+import hashlib
+import json
 import math
 import statistics
 from pathlib import Path
 
 import numpy as np
-import torch
-from torch import nn
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
-from data import Split, load_test_images, load_training_images, spread, to_float
-from distill_tinyvae import RECIPE, Job, ask_teacher, settings_for, student_stage, train_once
-from losses import LatentProjection, PerceptualLoss, load_vgg16
+import data
+import metrics
+import vgg
+from comparison import Comparison
 from metrics import (
-    EVALUATION_BATCH,
-    encode_means,
     evaluate_code,
     evaluate_images,
     evaluate_vae,
     fit_pca,
     gaussian_bound,
-    perceptual_distance,
     sampled_mse,
+    vgg_distance,
 )
-from models import find_checkpoint, load_model
-from pictures import draw_rate_distortion
-from runtime import (
-    InputError,
-    describe_device,
-    parse_flags,
-    pick_device,
-    pick_precision,
-    print_table,
-    run,
-)
-from standard_vae import StandardVAE
-from storage import check_writable, fingerprint, save_checkpoint, write_csv
+from models import load_model
+from pictures import PANELS, save_figure
+from runtime import InputError, print_table, run_script
+from settings import file_path, number, one_of, parse_settings, several, text, whole
+from storage import check_writable, fingerprint, write_csv, write_json
 from tiny_vae_32 import TinyVAE32
 
 HERE = Path(__file__).resolve().parent
 
 # --- What is compared ---
-DATA = "teacher"  # what the teacher was trained on, or cifar10, dead-leaves, or a folder
+DATA = None  # cifar10, dead-leaves, or a folder; None: what the teacher was trained on
 LIMIT = 0  # train on the first N images; 0 uses all
 TEACHER = "teacher_vae.pth"  # a file in the checkpoint folder, or a path
 VGG = "imagenet"  # VGG16 of the perceptual term: imagenet, random, none, or a state dict's path
-JUDGE = "none"  # VGG16 that measures perceptual distance: a path, other weights than VGG's; or none
+JUDGE = None  # VGG16 that measures VGG distance: the path of other weights than VGG's; or None
 VARIANTS = "all"  # or some of them, separated by commas; full and scratch always run
 
 # --- Budget ---
@@ -71,7 +62,7 @@ SEEDS = 3  # students per variant, seeds 0, 1, ...
 # --- Measuring ---
 SPLIT = "val"  # val while anything is being chosen; test for the final figures
 JUDGED = 2000  # images that the judge sees; 0: all
-RATE_TOLERANCE = 0.015  # how near scratch's rate must come to full's, as a share
+RATE_TOLERANCE = 0.015  # how near scratch's rate must come to full's, as a fraction
 DEVICE = "auto"  # auto (cuda, then mps, then cpu), cuda, cpu or mps
 PRECISION = "auto"  # auto, fp32, bf16 or fp16; figures are measured in fp32 always
 
@@ -79,12 +70,23 @@ PRECISION = "auto"  # auto, fp32, bf16 or fp16; figures are measured in fp32 alw
 CHECKPOINT_DIR = HERE / "checkpoints"  # folder of the teacher; students go to ablation/ in it
 OUTPUT_DIR = HERE / "outputs"  # folder of ablation.csv and ablation.png
 
+KINDS = {
+    "DATA": text(none=None), "LIMIT": whole(0, none=0), "TEACHER": file_path(),
+    "VGG": text(none="none"), "JUDGE": text(none="none"), "VARIANTS": several(text()),
+    "EPOCHS": whole(1), "SEEDS": whole(1), "SPLIT": one_of("val", "test"),
+    "JUDGED": whole(0, none=0),
+    "RATE_TOLERANCE": number(0, above=True), "DEVICE": one_of("auto", "cuda", "cpu", "mps"),
+    "PRECISION": one_of("auto", "fp32", "bf16", "fp16"), "CHECKPOINT_DIR": file_path(),
+    "OUTPUT_DIR": file_path(),
+}
+
 # The search for the KL weight at which scratch has the full distillation's rate.
 FIRST_KL_WEIGHT, SEARCHES = 0.3, 5
 
-SPLITS = {"val": "validation", "test": "test"}
+COLOURS = [f"C{i}" for i in range(10) if i != 7] + ["k"]  # matplotlib's, without the grey
+
 FIGURES = (
-    "mse", "sampled_mse", "psnr", "ssim", "perceptual", "kl_nats", "active_dims", "cka",
+    "mse", "sampled_mse", "psnr", "ssim", "vgg_distance", "kl_nats", "active_dims", "cka",
     "knn_accuracy", "probe_accuracy",
 )
 COLUMNS = (
@@ -95,63 +97,26 @@ COLUMNS = (
 
 # --- The variants ---
 
-
-def fixed_projection(teacher_mu, latent_dim):
-    """The leading principal components, and no learning."""
-    return LatentProjection(teacher_mu, latent_dim).requires_grad_(False)
-
-
-def random_projection(teacher_mu, latent_dim):
-    """Starts from random directions of the 128 leading components."""
-    projection = LatentProjection(teacher_mu, latent_dim)
-    with torch.no_grad():
-        nn.init.orthogonal_(projection.rotation.weight)
-    return projection
-
-
-def free_projection(teacher_mu, latent_dim):
-    """A plain linear map, learned without constraint from the same start: it may shrink."""
-    start = LatentProjection(teacher_mu, latent_dim)
-    free = nn.Linear(teacher_mu.shape[1], latent_dim)
-    with torch.no_grad():
-        weight = start.rotation.weight @ start.whitening
-        free.weight.copy_(weight)
-        free.bias.copy_(-weight @ start.mean)
-    return free
-
-
-def image_logits(images):
-    """The images themselves in place of what the teacher makes of them: is it the teacher that
-    helps, or only a second look at the image? Clamped, since black and white have no logit."""
-    chunks = images.split(EVALUATION_BATCH)
-    return torch.cat([to_float(chunk).clamp(0.02, 0.98).logit().half() for chunk in chunks])
-
-
-SCRATCH = {
-    "reconstruction_weight": 1.0, "latent_weight": 0.0, "output_weight": 0.0,
-    "perceptual_weight": 0.0,
-}
-# What each variant changes: settings of distill_tinyvae.py, or how the projection is made.
+SCRATCH = {"reconstruction_weight": 1, "latent_weight": 0, "output_weight": 0, "vgg": "none"}
+# What each variant changes: settings of distill_tinyvae.py.
 CHANGES = {
-    "no reconstruction": {"reconstruction_weight": 0.0},
-    "no KL": {"kl_weight": 0.0},
-    "no latent": {"latent_weight": 0.0},
-    "no output": {"output_weight": 0.0},
-    "no perceptual": {"perceptual_weight": 0.0},
-    "image for teacher's": {"image_targets": True},
-    "no fading": {"latent_fade": 0.0},
-    "fixed projection": {"make_projection": fixed_projection},
-    "random projection": {"make_projection": random_projection},
-    "free projection": {"make_projection": free_projection},
+    "no reconstruction": {"reconstruction_weight": 0},
+    "no KL": {"kl_weight": 0},
+    "no latent": {"latent_weight": 0},
+    "no output": {"output_weight": 0},
+    "no perceptual": {"vgg": "none"},
+    "image for teacher's": {"output_target": "image"},  # is it the teacher that helps, or only a
+    # second look at the image?
+    "no fading": {"latent_fade": 0},
+    "fixed projection": {"projection": "fixed"},
+    "random projection": {"projection": "random"},
+    "free projection": {"projection": "free"},
 }
 
 
 def chosen_variants(settings):
     """Names from --variants. Raises InputError for one that does not exist."""
-    if settings.variants == "all":
-        names = list(CHANGES)
-    else:
-        names = [name.strip() for name in settings.variants.split(",")]
+    names = list(CHANGES) if settings.variants == ("all",) else settings.variants
     for name in names:
         if name not in (*CHANGES, "full", "scratch"):
             raise InputError(f"there is no variant {name!r}: choose from {', '.join(CHANGES)}")
@@ -163,111 +128,55 @@ def chosen_variants(settings):
 # --- One student ---
 
 
-class Laboratory:
-    """What students that are compared share: images, the teacher and its outputs, VGG16, a judge.
+def student_row(comparison, variant, seed, **changes):
+    """The row of one student, trained now or earlier."""
+    label = f"{variant}, seed {seed}"
+    if variant == "scratch":
+        label = f"scratch, KL weight {changes['kl_weight']:.4g}, seed {seed}"
+    folder = label.replace(", ", "_").replace(" ", "_").replace("'", "")
+    trained = comparison.train_student(label, folder, seed, **changes)
+    last = trained["rows"][-1]
+    row = {"variant": variant, "seed": seed, "kl_weight": trained["record"]["kl_weight"]}
+    row |= {"split": comparison.settings.split} | measured(comparison, comparison.folder / folder)
+    row |= {"val_mse": last["val_mse"], "val_kl_nats": last["kl_nats"]}
+    row["projected_std"] = last.get("projected_std")
+    row["seconds"] = round(sum(epoch["seconds"] for epoch in trained["rows"]), 1)
+    return row
 
-    `settings` has data, limit, teacher, vgg, judge, split, epochs, device, precision and the two
-    folders.
-    """
 
-    def __init__(self, settings):
-        self.settings = settings
-        self.device = pick_device(settings.device)
-        self.precision = pick_precision(settings.precision, self.device)
-        self.teacher_path = find_checkpoint(settings.teacher, settings.checkpoint_dir)
-        teacher, checkpoint = load_model(self.teacher_path, StandardVAE)
-        self.teacher = teacher.to(self.device, memory_format=torch.channels_last)
-        self.teacher_record = checkpoint["record"]
-        self.teacher_sha256 = fingerprint(teacher)
-        data = self.teacher_record["data"] if settings.data == "teacher" else settings.data
-        self.images = load_training_images(data, settings.limit)
-        self.train_split = Split(self.images.train, self.images.labels).to(self.device)
-        if settings.split == "val":
-            self.exam = Split(self.images.val, self.images.val_labels).to(self.device)
-        else:
-            self.exam = load_test_images(data, settings.limit).to(self.device)
-        self.vgg, self.vgg_record = load_vgg16(settings.vgg)
-        judge, self.judge_record = load_vgg16(settings.judge)
-        self.refuse_judge_of(self.vgg_record)
-        self.judge = judge and PerceptualLoss(judge).to(
-            self.device, memory_format=torch.channels_last
-        )
-        self.targets = None  # asked for when the first student is trained
+def measured(comparison, folder):
+    """The figures of the student in a folder; those of measured.json where nothing that they depend
+    on has changed, the code that measures included."""
+    vae, _ = load_model(folder / "tinyvae_last.pth", TinyVAE32)
+    code = b"".join(Path(module.__file__).read_bytes() for module in (metrics, vgg, data))
+    depends_on = {
+        "student": fingerprint(vae),
+        "teacher": comparison.teacher_sha256,
+        "pixels": comparison.record["pixels_sha256"],
+        "split": comparison.settings.split,
+        "judge": comparison.judge_record["vgg_sha256"],
+        "judged": len(comparison.judged) if comparison.judge else 0,
+        "code": hashlib.sha256(code).hexdigest()[:16],
+    }
+    kept = folder / "measured.json"
+    if kept.exists():
+        earlier = json.loads(kept.read_text())
+        if earlier["depends_on"] == depends_on:
+            return earlier["figures"]
+    figures = measure(comparison, vae.to(comparison.device))
+    write_json(kept, {"depends_on": depends_on, "figures": figures})
+    return figures
 
-    def refuse_judge_of(self, record):
-        """Raise InputError if the judge is the VGG16 that a student with this record knows."""
-        sha256 = self.judge_record["vgg_sha256"]
-        if sha256 and sha256 == record.get("vgg_sha256"):
-            raise InputError(
-                "--judge holds the weights that the students are trained with, which cannot judge "
-                "them: name others, or --judge none"
-            )
 
-    @functools.cached_property
-    def judged(self):
-        return spread(self.exam.images, self.settings.judged)
-
-    @functools.cached_property
-    def exam_mu(self):
-        return encode_means(self.teacher, self.exam.images)
-
-    def job(self, seed, **changes):
-        """The settings of distill_tinyvae.py, some changed: what `student_stage` trains by."""
-        own = ("vgg", "limit", "epochs", "checkpoint_dir", "output_dir")
-        own = {name: getattr(self.settings, name) for name in own} | {"seed": seed}
-        if self.vgg is None:
-            own["perceptual_weight"] = 0.0
-        settings = settings_for(self.teacher_record, **own | changes)
-        job = Job(settings, self.device, self.precision, self.images, self.vgg_record)
-        job.record["teacher_sha256"] = self.teacher_sha256
-        return job
-
-    def targets_for(self, job, image_targets=False):
-        if self.targets is None and job.needs_teacher:
-            self.targets = ask_teacher(job, self.teacher)
-        if image_targets:
-            return self.targets._replace(logits=image_logits(self.train_split.images))
-        return self.targets
-
-    def student(
-        self, variant, seed, make_projection=LatentProjection, image_targets=False, **changes
-    ):
-        """One student's row, from the file that holds it, or else trained now."""
-        job = self.job(seed, **changes)
-        name = f"{variant}, seed {seed}"
-        if variant == "scratch":
-            name = f"scratch, KL weight {changes['kl_weight']:.4g}, seed {seed}"
-        path = self.settings.checkpoint_dir / "ablation" / f"{name.replace(', ', '_')}.pth"
-
-        def make_stage():
-            targets = self.targets_for(job, image_targets)
-            vgg = self.vgg if job.settings.perceptual_weight else None
-            return student_stage(job, targets, vgg, make_projection)
-
-        trained = train_once(job, name, path, (*RECIPE, "teacher_sha256"), make_stage)
-        measured = trained.setdefault("measured", {})
-        exam = f"{self.settings.split}, judge {self.judge_record['vgg_sha256']}"
-        exam += f" on {len(self.judged)}" if self.judge else ""
-        if exam not in measured:
-            vae = load_model(path, TinyVAE32)[0].to(self.device, memory_format=torch.channels_last)
-            measured[exam] = self.measure(vae)
-            save_checkpoint(path, trained)
-        last = trained["rows"][-1]
-        row = {"variant": variant, "seed": seed, "kl_weight": job.settings.kl_weight}
-        row |= {"split": self.settings.split} | measured[exam]
-        row |= {"val_mse": last["val_mse"], "val_kl_nats": last["kl_nats"]}
-        row["projected_std"] = last.get("projected_std")
-        row["seconds"] = round(sum(epoch["seconds"] for epoch in trained["rows"]), 1)
-        return row
-
-    def measure(self, vae):
-        """The figures of a row, in fp32: errors, rate, perception, and what the code resembles."""
-        found = evaluate_vae(vae, self.exam.images, with_ssim=True)
-        found.pop("kl_per_latent")
-        found["sampled_mse"] = sampled_mse(vae, self.exam.images)
-        if self.judge:
-            found["perceptual"] = perceptual_distance(vae, self.judged, self.judge)
-        return found | evaluate_code(vae, self.exam, self.train_split, self.exam_mu)
+def measure(comparison, vae):
+    """Error, rate, VGG distance, and what mu is good for, in fp32."""
+    held_out = comparison.held_out
+    found = evaluate_vae(vae, held_out.images, with_ssim=True)
+    found.pop("kl_per_latent")
+    found["sampled_mse"] = sampled_mse(vae, held_out.images)
+    if comparison.judge:
+        found["vgg_distance"] = vgg_distance(vae, comparison.judged, comparison.judge)
+    return found | evaluate_code(vae, held_out, comparison.train, comparison.teacher_mu)
 
 
 # --- All students ---
@@ -284,7 +193,7 @@ def match_rate(rate_of, kl_weight, target, tolerance):
         rate_of: kl_weight → the rate of a student trained with it, nats.
         kl_weight: where to start.
         target: the rate to reach, nats.
-        tolerance: how near is near enough, as a share of the target.
+        tolerance: how near is near enough, as a fraction of the target.
 
     Returns the KL weight, the nearest found if SEARCHES students do not get there.
     """
@@ -303,7 +212,7 @@ def match_rate(rate_of, kl_weight, target, tolerance):
     return float(f"{math.exp(tried[0][0]):.4g}")
 
 
-def train_all(laboratory, variants, seeds, report):
+def train_all(comparison, variants, seeds, report):
     """Every student in turn. `report(rows)` is called after each with all rows so far.
 
     Returns the rows and the KL weight at which scratch has the full distillation's rate.
@@ -311,7 +220,7 @@ def train_all(laboratory, variants, seeds, report):
     rows = []
 
     def student(variant, seed, **changes):
-        rows.append(laboratory.student(variant, seed, **changes))
+        rows.append(student_row(comparison, variant, seed, **changes))
         report(rows)
         return rows[-1]
 
@@ -319,7 +228,7 @@ def train_all(laboratory, variants, seeds, report):
         return student("scratch", seed, **SCRATCH | {"kl_weight": kl_weight})["val_kl_nats"]
 
     target = statistics.mean(student("full", seed)["val_kl_nats"] for seed in seeds)
-    tolerance = laboratory.settings.rate_tolerance
+    tolerance = comparison.settings.rate_tolerance
     matched = match_rate(scratch, FIRST_KL_WEIGHT, target, tolerance)
     for seed in seeds[1:]:
         scratch(matched, seed)
@@ -355,7 +264,7 @@ def summarise(rows):
 
 
 def against_scratch(found, summary, figure):
-    """How far a figure lies from scratch's at the same rate, as a share; None beyond its curve."""
+    """Relative difference from scratch's figure at the same rate; None beyond its curve."""
     curve = sorted(
         (other["kl_nats"][0], other[figure][0])
         for other in summary
@@ -379,8 +288,8 @@ def table_row(found, summary, matched):
     def gain(figure):
         if found["variant"] == "scratch":
             return "–"
-        share = against_scratch(found, summary, figure)
-        return "–" if share is None else f"{share:+.1%}"
+        difference = against_scratch(found, summary, figure)
+        return "–" if difference is None else f"{difference:+.1%}"
 
     name = found["variant"]
     if name == "scratch":
@@ -391,49 +300,118 @@ def table_row(found, summary, matched):
         "KL, nats": cell("kl_nats", 1),
         "MSE × 1000": cell("mse", 3, 1000),
         "vs scratch": gain("mse"),
-        "perceptual": cell("perceptual", 4),
-        "vs scratch ": gain("perceptual"),
+        "VGG distance": cell("vgg_distance", 4),
+        "vs scratch ": gain("vgg_distance"),
         "CKA": cell("cka", 3),
         "5-NN, %": cell("knn_accuracy", 1, 100),
         "probe, %": cell("probe_accuracy", 1, 100),
     }
 
 
+def draw_rate_distortion(path, summary, baselines, title):
+    """Rate against distortion, a labelled point for each variant with its spread over seeds.
+
+    Args:
+        path: the PNG to write.
+        summary: what `summarise` returns.
+        baselines: `PCA`, the error of PCA with as many numbers as latents, and `bound`, points
+            (distortion, rate) of the Gaussian bound.
+        title: the budget in a few words.
+    """
+    panels = [panel for panel in PANELS if any(panel[0] in found for found in summary)]
+    figure = Figure(figsize=(6.5 * len(panels), 6), layout="constrained")
+    figure.suptitle(title, fontsize=11)
+    for ax, (measure, name) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
+        shown = [found for found in summary if measure in found]
+        scratch = sorted(
+            (found["kl_nats"][0], found[measure][0])
+            for found in shown
+            if found["variant"] == "scratch"
+        )
+        if scratch:
+            ax.plot(*zip(*scratch), color="tab:grey", linewidth=1, label="scratch, other rates")
+        colours = {}  # of the variants, scratch in grey
+        for found in shown:
+            colour = "tab:grey" if found["variant"] == "scratch" else COLOURS[len(colours) % 10]
+            colours.setdefault(found["variant"], colour)
+            (rate, rate_spread), (value, spread) = found["kl_nats"], found[measure]
+            ax.errorbar(
+                rate, value, spread, rate_spread, fmt="o", markersize=4,
+                color=colours[found["variant"]],
+            )
+        ax.set_xscale("log")
+        left, right = ax.get_xlim()
+        bottom, top = ax.get_ylim()
+        if measure == "mse":
+            ax.axhline(baselines["PCA"], color="k", linewidth=0.8, linestyle=":", label="PCA, 64")
+            errors, rates = zip(*baselines["bound"])
+            ax.plot(
+                rates, errors, color="k", linewidth=0.8, linestyle="--",
+                label="Gaussian bound, 64 components (from samples)",
+            )
+            ax.set_ylim(min(bottom, 0.97 * baselines["PCA"]), top)
+        ax.set_xlim(left * 0.95, right * 1.15)
+        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+        ax.xaxis.set_major_formatter("{x:g}")
+        ax.xaxis.set_minor_formatter("")
+        ax.tick_params(labelsize=8)
+        ax.set_xlabel("rate: KL of an image, nats", fontsize=9)
+        ax.set_ylabel(name, fontsize=9)
+        ax.grid(alpha=0.3)
+        if ax.get_legend_handles_labels()[1]:
+            ax.legend(fontsize=8)
+        # Of the students from scratch the one of full's rate, which has all seeds, gets a name.
+        seeds = max(found["students"] for found in shown)
+        points = [
+            (found["kl_nats"][0], found[measure][0], found["variant"])
+            for found in shown
+            if found["variant"] != "scratch" or found["students"] == seeds
+        ]
+        label_points(ax, points, colours)
+    save_figure(figure, path)
+
+
+def label_points(ax, points, colours):
+    """Names in a column at the right, in the order of their points' heights, a line to each: points
+    may lie as near each other as they like. `points` are (x, y, name)."""
+    points = sorted(points, key=lambda point: point[1])
+    low, high = ax.get_ylim()
+    for i, (x, y, name) in enumerate(points):
+        height = low + (high - low) * (i + 0.5) / len(points)
+        colour = colours[name]
+        ax.annotate(
+            name, (x, y), xytext=(1.03, height), textcoords=("axes fraction", "data"),
+            fontsize=8, color=colour, va="center",
+            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.5, "alpha": 0.6},
+        )
+
+
 def ablate(settings):
     variants = chosen_variants(settings)
-    laboratory = Laboratory(settings)
-    check_writable(settings.checkpoint_dir / "ablation")
+    comparison = Comparison(settings, "ablation")
+    check_writable(comparison.folder)
     check_writable(settings.output_dir)
-    exam = laboratory.exam
     csv_path, png_path = settings.output_dir / "ablation.csv", settings.output_dir / "ablation.png"
-    data = laboratory.images.record["data"]
-    title = f"{data}, {laboratory.images.record['train_images']:,} images, {settings.epochs} epochs"
-    print(
-        f"images   {data}: {len(laboratory.images.train):,} to train on; figures are of "
-        f"{len(exam.images):,} of the {SPLITS[settings.split]} split\n"
-        f"teacher  {laboratory.teacher_path}, {laboratory.teacher_record['teacher_epochs']} epochs "
-        f"on {laboratory.teacher_record['train_images']:,} images\n"
-        f"VGG16    {laboratory.vgg_record['vgg_weights']}; judge: "
-        f"{laboratory.judge_record['vgg_weights']}\n"
-        f"budget   {settings.epochs} epochs, seeds 0 to {settings.seeds - 1}: full, scratch, "
-        f"{', '.join(variants) or 'nothing else'}\n"
-        f"device   {describe_device(laboratory.device)}, {laboratory.precision}"
+    title = f"{comparison.data}, {len(comparison.train.images):,} images, {settings.epochs} epochs"
+    comparison.print_summary(
+        f"{settings.epochs} epochs, seeds 0 to {settings.seeds - 1}: full, scratch, "
+        f"{', '.join(variants) or 'nothing else'}"
     )
 
-    # The floors, fitted to the images that the students see.
-    pca = fit_pca(laboratory.train_split.images, TinyVAE32().latent_dim)
+    # Baselines, fitted to the images that the students are trained on.
+    pca = fit_pca(comparison.train.images, TinyVAE32().latent_dim)
     components = len(pca.components)
     errors = np.linspace(0, 0.03, 301)[1:].tolist()
-    floors = {
-        "PCA": evaluate_images(pca.reconstruct, exam.images)["mse"],
+    baselines = {
+        "PCA": evaluate_images(pca.reconstruct, comparison.held_out.images)["mse"],
         "bound": gaussian_bound(pca.variances, components, errors),
     }
 
     def report(rows):
         write_csv(csv_path, COLUMNS, rows)
-        draw_rate_distortion(png_path, summarise(rows), floors, title)
+        draw_rate_distortion(png_path, summarise(rows), baselines, title)
 
-    rows, matched = train_all(laboratory, variants, range(settings.seeds), report)
+    rows, matched = train_all(comparison, variants, range(settings.seeds), report)
     summary = summarise(rows)
     rates = {
         found["variant"]: found["kl_nats"][0]
@@ -448,20 +426,20 @@ def ablate(settings):
     print_table([table_row(found, summary, matched) for found in ordered])
     print(
         "\nMean ± standard deviation over seeds. vs scratch: against scratch at the same rate, "
-        "between its points on the\nrate–distortion plane. perceptual: distance of VGG16 features "
-        f"(judge) on {len(laboratory.judged):,} images. CKA: with the teacher's mu. "
+        "between its points on the\nrate–distortion plane. VGG distance: of the judge's features, "
+        f"on {len(comparison.judged):,} images. CKA: with the teacher's mu. "
         "5-NN, probe: class accuracy from mu."
     )
     print(
         f"scratch at KL weight {matched:g} has {rates['scratch'] / rates['full'] - 1:+.1%} of "
         "full's rate."
     )
-    print(f"\nWritten:\n  {csv_path}\n  {png_path}\n  {settings.checkpoint_dir / 'ablation'}/")
+    print(f"\nWritten:\n  {csv_path}\n  {png_path}\n  {comparison.folder}/")
 
 
 def main(argv=None):
-    ablate(parse_flags(globals(), argv))
+    ablate(parse_settings(globals(), argv))
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -1,81 +1,101 @@
 """How fast training is on this device: beside the loop most people would write, and the floor.
 
-    python bench_training.py                  # no data, no weights; 8 minutes on 2 CPU cores
+    python bench_training.py                  # no data, no weights; 10 minutes on 2 CPU cores
     python bench_training.py --repeats 3 --seconds 0.5 --no-inference       # quicker, noisier
 
 The straightforward loop is a DataLoader with workers over a torchvision-style dataset with
 ToTensor, eager fp32 (TF32 convolutions on GPUs that have them, as PyTorch has it by default), Adam,
 OneCycleLR; the teacher and VGG16 are asked about every image in every step, and the loss is read in
-every step. Ours is the training step of distill_tinyvae.py itself, with the same batch size. In
-between, each of our changes is made to the straightforward loop alone, and taken away from all of
-them together. One of them is less work, not faster work: VGG16 sees few images of each batch, which
-makes the same loss on average. So there are two ratios: to the straightforward loop, and to the one
-in which VGG16 sees as few.
+every step. Ours is distill_tinyvae.py itself, run as a program: `ms_per_step` of its metrics.csv in
+the second epoch of each stage. In between, each of our changes is made to the straightforward
+loop alone, and taken away from all of them together. One of them is less work, not faster work:
+VGG16 sees few images of each batch, which makes the same loss on average. So there are two ratios:
+to the straightforward loop, and to the one in which VGG16 sees as few.
 
 The time of a step does not depend on what the images show, so generated ones and untrained networks
-serve. All variants take turns in every repeat, so that a slow minute of the machine hits them all;
-figures are medians over repeats ± half the distance between the quartiles. Writes
+serve. All variants take turns in every repeat, so that a slow minute of the machine affects them
+all; figures are medians over repeats ± half the distance between the quartiles. Writes
 bench_training.csv and bench_training.png, and prints the tables.
 """
 
 import copy
+import csv
 import itertools
 import os
 import statistics
+import tempfile
 import time
 from pathlib import Path
 
 import torch
+from matplotlib.figure import Figure
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 from torch.utils.flop_counter import FlopCounterMode
 
-import distill_tinyvae
+from comparison import run_distillation
 from data import load_training_images
-from distill_tinyvae import Job, ask_teacher, student_stage
-from losses import DistillationLoss, LatentProjection, PerceptualLoss, VAELoss, load_vgg16
+from losses import (
+    LatentProjection,
+    kl_loss,
+    latent_distillation_loss,
+    output_distillation_loss,
+    perceptual_loss,
+    reconstruction_loss,
+)
 from metrics import seconds_per_batch, synchronize
-from pictures import draw_bars
+from pictures import save_figure
 from runtime import (
+    DTYPES,
     InputError,
     autocast,
     describe_device,
     import_torchvision,
-    parse_flags,
     pick_device,
     pick_precision,
     print_table,
     progress_bar,
-    run,
+    run_script,
 )
+from settings import file_path, number, one_of, parse_settings, switch, text, whole
 from standard_vae import StandardVAE
 from storage import check_writable, write_csv
+from teacher_outputs import compute_outputs
 from tiny_vae_32 import TinyVAE32
-from training import Stage
+from vgg import VGGFeatures, load_vgg16
 
 HERE = Path(__file__).resolve().parent
 
 # --- What is timed ---
 DATA = "dead-leaves"  # dead-leaves (generated), cifar10, or a folder with train/ and test/
 LIMIT = 2000  # images; an epoch's time is scaled up from the steps timed
-VGG = "random"  # random, imagenet, or a state dict's path: as fast one as the other
+VGG = "random"  # random, imagenet, or a state dict's path: the time is the same
+BATCH_SIZE = 64  # images per step, as in distill_tinyvae.py
+PERCEPTUAL_IMAGES = 4  # images of each batch that VGG16 sees in ours, likewise; 0: all
 DEVICE = "auto"  # auto (cuda, then mps, then cpu), cuda, cpu or mps
 PRECISION = "auto"  # of ours: auto, fp32, bf16 or fp16; the straightforward loop is fp32
 WORKERS = 4  # of the straightforward loop's DataLoader, at most one for each CPU core
 INFERENCE = True  # time encode and decode too, eager and compiled
 
 # --- How long ---
-SECONDS = 2.0  # of each variant's turn
+SECONDS = 2.0  # of each variant's turn; ours takes an epoch of LIMIT images
 REPEATS = 9  # every variant takes its turn in each
 
 # --- Files ---
 OUTPUT_DIR = HERE / "outputs"  # folder of bench_training.csv and bench_training.png
 
-# Images at once in inference.
-BATCHES = (1, 64, 1024)
-# What a run on CIFAR-10 trains on.
-CIFAR10_IMAGES = 45_000
+KINDS = {
+    "DATA": text(), "LIMIT": whole(0, none=0), "VGG": text(), "BATCH_SIZE": whole(2),
+    "PERCEPTUAL_IMAGES": whole(0, none=0), "DEVICE": one_of("auto", "cuda", "cpu", "mps"),
+    "PRECISION": one_of("auto", "fp32", "bf16", "fp16"), "WORKERS": whole(0, none=0),
+    "INFERENCE": switch(), "SECONDS": number(0, above=True), "REPEATS": whole(1),
+    "OUTPUT_DIR": file_path(),
+}
+
+BATCHES = (1, 64, 1024)  # images at once in inference
+RECIPE_EPOCHS = {"teacher": 20, "student": 100}  # of the default recipe, whose time is scaled up
+CIFAR10_IMAGES = 45_000  # that a run on CIFAR-10 trains on
 COLUMNS = ("stage", "variant", "ms_per_step", "spread_ms", "ratio", "precision", "device")
 
 # What we do that the straightforward loop does not.
@@ -100,7 +120,7 @@ def tricks_of(device, precision):
 
 
 class PILDataset(Dataset):
-    """Images in memory, handed out one by one as torchvision's CIFAR10 does, with their index for
+    """Images in memory, returned one by one as torchvision's CIFAR10 does, with their index for
     a label."""
 
     def __init__(self, images, transform):
@@ -118,27 +138,24 @@ class Bench:
     """What all variants share: images, the teacher and its outputs, VGG16, the settings."""
 
     def __init__(self, settings):
+        self.settings, self.batch_size = settings, settings.batch_size
         self.workers = min(settings.workers, os.cpu_count())
         self.device = pick_device(settings.device)
         self.precision = pick_precision(settings.precision, self.device)
-        images = load_training_images(settings.data, settings.limit)
-        recipe = parse_flags(vars(distill_tinyvae), [])
-        if len(images.train) < recipe.batch_size:
+        self.cpu_images = load_training_images(settings.data, settings.limit).train
+        if len(self.cpu_images) < self.batch_size:
             raise InputError(
-                f"{len(images.train)} images do not fill a batch of {recipe.batch_size}: raise "
+                f"{len(self.cpu_images)} images do not fill a batch of {self.batch_size}: raise "
                 "--limit"
             )
         if settings.vgg == "none":
             raise InputError("--vgg none leaves out what is to be timed: use --vgg random")
-        self.vgg, vgg_record = load_vgg16(settings.vgg)
-        recipe.data, recipe.limit, recipe.vgg = settings.data, settings.limit, settings.vgg
-        self.recipe = recipe
-        self.job = Job(recipe, self.device, self.precision, images, vgg_record)
+        self.vgg, _ = load_vgg16(settings.vgg)
+        self.images = self.cpu_images.to(self.device)
         torch.manual_seed(0)
         self.teacher = StandardVAE().to(self.device).eval().requires_grad_(False)
-        self.targets = ask_teacher(self.job, self.teacher)
+        self.mu, self.logits = compute_outputs(self.teacher, self.images, self.precision)
         self.transform = import_torchvision().transforms.ToTensor()
-        self.cpu_images = images.train
 
     def batches(self):
         """Float images and their indices from a DataLoader, without end, in epochs of CIFAR-10's
@@ -146,7 +163,7 @@ class Bench:
         dataset = PILDataset(self.cpu_images, self.transform)
         loader = DataLoader(
             dataset,
-            batch_size=self.recipe.batch_size,
+            batch_size=self.batch_size,
             sampler=RandomSampler(dataset, replacement=True, num_samples=CIFAR10_IMAGES),
             drop_last=True,
             num_workers=self.workers,
@@ -158,48 +175,60 @@ class Bench:
     def indices(self):
         """Indices of shuffled batches on the device, without end."""
         while True:
-            order = torch.randperm(len(self.job.images)).to(self.device)
-            yield from order.split(self.recipe.batch_size)[: len(order) // self.recipe.batch_size]
+            order = torch.randperm(len(self.images)).to(self.device)
+            yield from order.split(self.batch_size)[: len(order) // self.batch_size]
 
 
 def straightforward(bench, stage, tricks=()):
     """The loop most people would write, with some of our changes. Returns its step, a function."""
-    recipe, device = bench.recipe, bench.device
+    device = bench.device
     torch.manual_seed(0)
     layout = torch.channels_last if CHANNELS_LAST in tricks else torch.contiguous_format
     precision = bench.precision if LOW_PRECISION in tricks else "fp32"
-    if stage == "teacher":
-        model, criterion = StandardVAE(), VAELoss(recipe.teacher_kl_weight)
-    else:
-        model = TinyVAE32()
-        criterion = DistillationLoss(
-            bench.job.weights,
-            recipe.temperature,
-            LatentProjection(bench.targets.mu, model.latent_dim),
-            PerceptualLoss(copy.deepcopy(bench.vgg)).to(memory_format=layout),
-            recipe.perceptual_images if FEW_IMAGES in tricks else 0,
-            recipe.latent_fade,
-        )
+    is_student = stage == "student"
+    model = TinyVAE32() if is_student else StandardVAE()
     model.to(device, memory_format=layout).train()
-    criterion.to(device)
-    teacher = None
-    if stage == "student" and ASKED_ONCE not in tricks:
-        teacher = copy.deepcopy(bench.teacher).to(memory_format=layout)
-        teacher.check_range = False
     model.check_range = False  # a safeguard of ours, which makes a GPU wait
-    trained = [p for p in (*model.parameters(), *criterion.parameters()) if p.requires_grad]
-    fused = True if FUSED in tricks else None
-    optimizer = torch.optim.Adam(trained, lr=recipe.learning_rate, fused=fused)
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, recipe.learning_rate, total_steps=10_000_000
-    )
+    parameters = list(model.parameters())
+    teacher = projection = vgg = seen = None
+    if is_student:
+        projection = LatentProjection(bench.mu, model.latent_dim).to(device)
+        parameters += projection.parameters()
+        layers = copy.deepcopy(bench.vgg).to(memory_format=layout)
+        vgg = VGGFeatures(layers, DTYPES[precision]).to(device, memory_format=layout)
+        seen = (bench.settings.perceptual_images if FEW_IMAGES in tricks else 0) or None
+        if ASKED_ONCE not in tricks:
+            teacher = copy.deepcopy(bench.teacher).to(memory_format=layout)
+            teacher.check_range = False
+    optimizer = torch.optim.Adam(parameters, lr=1e-3, fused=True if FUSED in tricks else None)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=10_000_000)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     batches = bench.indices() if RESIDENT in tricks else bench.batches()
 
-    def ask_teacher_now(images):
+    def ask_teacher(images, index):
+        if teacher is None:
+            return bench.logits[index], bench.mu[index]
         with torch.no_grad():
             mu, _ = teacher.encode(images)
             return teacher.decode_logits(mu), mu
+
+    def teacher_loss(images):
+        mu, logvar = model.encode(images)
+        logits = model.decode_logits(model.reparameterize(mu, logvar))
+        return reconstruction_loss(torch.sigmoid(logits), images) + 0.01 * kl_loss(mu, logvar)
+
+    def student_loss(images, index):
+        teacher_logits, teacher_mu = ask_teacher(images, index)
+        mu, logvar = model.encode(images)
+        z = model.reparameterize(mu, logvar)
+        logits, of_mean = model.decode_logits(torch.cat([z, mu])).chunk(2)
+        return (
+            0.3 * reconstruction_loss(torch.sigmoid(logits), images)
+            + 0.05 * kl_loss(mu, logvar)
+            + 0.3 * latent_distillation_loss(mu, projection(teacher_mu.float()), 0.1)
+            + 0.2 * output_distillation_loss(of_mean, teacher_logits, 3.0)
+            + 0.8 * perceptual_loss(vgg, torch.sigmoid(of_mean[:seen]), images[:seen])
+        )
 
     def step():
         # TF32 as PyTorch has it by default; our fp32 goes without.
@@ -211,61 +240,30 @@ def straightforward(bench, stage, tricks=()):
     def step_inside():
         if RESIDENT in tricks:
             index = next(batches)
-            images = bench.job.images[index].to(torch.float32, memory_format=layout).div_(255)
+            images = bench.images[index].to(torch.float32, memory_format=layout).div_(255)
         else:
             images, index = next(batches)
             images = images.to(device, memory_format=layout, non_blocking=True)
             index = index.to(device, non_blocking=True)
         with autocast(device, precision):
-            targets = ()
-            if teacher:
-                targets = ask_teacher_now(images)
-            elif stage == "student":
-                targets = bench.targets.logits[index], bench.targets.mu[index]
-            mu, logvar = model.encode(images)
-            z, mean_logits = model.reparameterize(mu, logvar), None
-            if criterion.needs_mean:
-                logits, mean_logits = model.decode_logits(torch.cat([z, mu])).chunk(2)
-            else:
-                logits = model.decode_logits(z)
-            total, _ = criterion(images, logits, mean_logits, mu, logvar, *targets)
+            loss = student_loss(images, index) if is_student else teacher_loss(images)
         optimizer.zero_grad()
-        scaler.scale(total).backward()
+        scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
         scheduler.step()
-        criterion.after_step()
-        return total.detach() if READ_RARELY in tricks else total.item()
-
-    return step
-
-
-def ours(bench, stage, graph=True):
-    """The step of distill_tinyvae.py, a function."""
-    settings = bench.job.settings
-    settings.graph = graph
-    if stage == "teacher":
-        torch.manual_seed(settings.seed)
-        criterion = VAELoss(settings.teacher_kl_weight)
-        trained = Stage("teacher", StandardVAE(), criterion, [], settings.epochs, bench.job)
-    else:
-        trained = student_stage(bench.job, bench.targets, copy.deepcopy(bench.vgg))
-    trained.model.train()
-    indices, counter = bench.indices(), itertools.count()
-
-    def step():
-        trained.set_schedule(next(counter) % trained.steps)
-        return trained.step(next(indices))
+        if is_student:
+            projection.retract()
+        return loss.detach() if READ_RARELY in tricks else loss.item()
 
     return step
 
 
 def make_variants(bench):
-    """(stage, name) → a step, in the order of the table."""
+    """(stage, name) → a step of the straightforward loop, in the order of the table."""
     tricks = tricks_of(bench.device, bench.precision)
     variants = {
         ("teacher", "straightforward"): straightforward(bench, "teacher"),
-        ("teacher", "ours"): ours(bench, "teacher"),
         ("student", "straightforward"): straightforward(bench, "student"),
     }
     for trick in tricks:
@@ -274,22 +272,48 @@ def make_variants(bench):
     for trick in tricks:
         others = [other for other in tricks if other != trick]
         variants["student", f"all but: {trick}"] = straightforward(bench, "student", others)
-    if bench.device.type == "cuda":
-        variants["student", f"ours without {GRAPH}"] = ours(bench, "student", graph=False)
-    variants["student", "ours"] = ours(bench, "student")
     return variants
+
+
+# --- Ours ---
+
+
+def time_ours(bench, graph=True):
+    """Seconds per step of a run of distill_tinyvae.py: (stage, name) → seconds."""
+    settings = bench.settings
+    flags = {
+        "data": settings.data,
+        "limit": settings.limit,
+        "vgg": settings.vgg,
+        "batch_size": bench.batch_size,
+        "perceptual_images": settings.perceptual_images,
+        "teacher_epochs": 2,
+        "epochs": 2,
+        "device": settings.device,
+        "precision": settings.precision,
+        "graph": graph,
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        run_distillation("distill_tinyvae.py", Path(folder), flags)
+        with Path(folder, "metrics.csv").open() as file:
+            rows = list(csv.DictReader(file))
+    name = "ours" if graph else f"ours without {GRAPH}"
+    return {  # a later row of a stage replaces an earlier one: the first epoch warms up
+        (row["stage"], name): float(row["ms_per_step"]) / 1000 for row in rows
+        if graph or row["stage"] == "student"
+    }
 
 
 # --- Timing ---
 
 
 def time_variants(bench, variants, seconds, repeats):
-    """Seconds per step of each variant, `repeats` times, all taking turns.
+    """Seconds per step of each variant and of ours, `repeats` times, all taking turns.
 
     A turn is as many steps as take `seconds`, at least one, and ends when the device has done
     them. Before the first turn each variant runs until it is warm.
     """
-    warm_up, steps = 12, {}  # more than what a CUDA graph is captured after
+    warm_up, steps = 12, {}
     for name, step in progress_bar(variants.items(), desc="warming up", unit="variant"):
         for i in range(warm_up):
             if i == warm_up // 2:
@@ -308,6 +332,11 @@ def time_variants(bench, variants, seconds, repeats):
                 step()
             synchronize(bench.device)
             times[name].append((time.perf_counter() - start) / steps[name])
+        ours = time_ours(bench)
+        if bench.device.type == "cuda":
+            ours = time_ours(bench, graph=False) | ours
+        for name, each in ours.items():
+            times.setdefault(name, []).append(each)
     return times
 
 
@@ -413,17 +442,17 @@ def print_times(bench, rows):
         ]
     )
     ms = {(row["stage"], row["variant"]): row["ms_per_step"] for row in rows}
-    recipe = bench.recipe
-    per_epoch = CIFAR10_IMAGES // recipe.batch_size
+    per_epoch = CIFAR10_IMAGES // bench.batch_size
 
     def minutes(teacher, student):
-        whole = recipe.teacher_epochs * ms["teacher", teacher]
-        whole += recipe.epochs * ms["student", student]
+        whole = RECIPE_EPOCHS["teacher"] * ms["teacher", teacher]
+        whole += RECIPE_EPOCHS["student"] * ms["student", student]
         return per_epoch * whole / 60_000
 
     ours = minutes("ours", "ours")
     print(
-        f"\nThe default recipe ({recipe.teacher_epochs} + {recipe.epochs} epochs of "
+        "\nThe default recipe "
+        f"({RECIPE_EPOCHS['teacher']} + {RECIPE_EPOCHS['student']} epochs of "
         f"{CIFAR10_IMAGES:,} images), in steps alone:"
     )
     for name, student in (
@@ -440,7 +469,7 @@ def print_floor(bench, rows, peaks):
     ms = {(row["stage"], row["variant"]): row["ms_per_step"] for row in rows}
     table = []
     for stage in ("teacher", "student"):
-        step = ours(bench, stage, graph=False)
+        step = straightforward(bench, stage, tricks_of(bench.device, bench.precision))
         step()  # Adam makes its moments in the first
         macs, traffic = count_work(step)
         floor = 1000 * macs / macs_peak
@@ -465,13 +494,38 @@ def print_floor(bench, rows, peaks):
     )
 
 
+def draw_bars(path, rows, title):
+    """A bar for each row's milliseconds per step, its ratio to the straightforward loop written
+    at its end. `rows` are those of bench_training.csv."""
+    stages = list(dict.fromkeys(row["stage"] for row in rows))
+    counts = [sum(row["stage"] == stage for row in rows) for stage in stages]
+    figure = Figure(figsize=(8, 0.28 * len(rows) + 1.5), layout="constrained")
+    figure.suptitle(title, fontsize=10)
+    axes = figure.subplots(len(stages), sharex=True, squeeze=False, height_ratios=counts)[:, 0]
+    for ax, stage in zip(axes, stages):
+        shown = [row for row in rows if row["stage"] == stage]
+        colours = ["tab:blue" if row["variant"] == "ours" else "tab:grey" for row in shown]
+        bars = ax.barh(
+            [row["variant"] for row in shown],
+            [row["ms_per_step"] for row in shown],
+            xerr=[row["spread_ms"] for row in shown],
+            color=colours,
+        )
+        ax.bar_label(bars, [f"{row['ratio']:.2f}×" for row in shown], padding=4, fontsize=8)
+        ax.invert_yaxis()
+        ax.margins(x=0.1)
+        ax.tick_params(labelsize=8)
+        ax.set_title(stage, fontsize=9, loc="left")
+    axes[-1].set_xlabel("ms per step", fontsize=9)
+    save_figure(figure, path)
+
+
 def bench_training(settings):
     check_writable(settings.output_dir)
     bench = Bench(settings)
     print(
-        f"images      {len(bench.job.images):,} of {settings.data}, batch "
-        f"{bench.recipe.batch_size}; VGG16 sees {bench.recipe.perceptual_images or 'all'} of them, "
-        "in the straightforward loop all\n"
+        f"images      {len(bench.images):,} of {settings.data}, batch {bench.batch_size}; VGG16 "
+        f"sees {settings.perceptual_images or 'all'} of them, in the straightforward loop all\n"
         f"device      {describe_device(bench.device)}; ours {bench.precision}, straightforward "
         f"fp32, {bench.workers} workers\n"
         f"timing      {settings.repeats} turns of {settings.seconds:g} s for each variant; "
@@ -491,13 +545,13 @@ def bench_training(settings):
             "precision": bench.precision,
             "device": describe_device(bench.device),
         }
-        for stage, variant in variants
+        for stage, variant in sorted(times, key=lambda name: name[0], reverse=True)
     ]
     print_times(bench, rows)
     csv_path = settings.output_dir / "bench_training.csv"
     png_path = settings.output_dir / "bench_training.png"
     write_csv(csv_path, COLUMNS, rows)
-    batch = f"{bench.recipe.batch_size} images"
+    batch = f"{bench.batch_size} images"
     draw_bars(png_path, rows, f"A training step of {batch} on {describe_device(bench.device)}")
     after = measure_peaks(bench.device, bench.precision)
     print_floor(bench, rows, [max(pair) for pair in zip(before, after)])
@@ -508,8 +562,8 @@ def bench_training(settings):
 
 
 def main(argv=None):
-    bench_training(parse_flags(globals(), argv))
+    bench_training(parse_settings(globals(), argv))
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -1,17 +1,21 @@
 """The images: one uint8 tensor per split, N×3×32×32, small enough to live on the device.
 
-Three sources:
+Four sources:
 
     cifar10        torchvision's CIFAR-10, in data/, downloaded and checksummed if not there
     PATH           a folder of images, PATH/train and PATH/test, with or without class folders;
                    or a folder that holds torchvision's cifar-10-batches-py
-    dead-leaves    generated, needs no network: overlapping discs (Lee, Mumford & Huang 2001)
+    photo-crops    squares cut out of six photographs that come with scikit-image and matplotlib
+    dead-leaves    generated: overlapping discs (Lee, Mumford & Huang 2001)
+
+The last two need no network: they are for trying things out.
 
 A tenth of the training images is held out for validation, always the same tenth. The test split
 is read by `load_test_images` alone. Training never sees a label; evaluation uses those there are.
 """
 
 import hashlib
+import importlib.util
 import os
 from pathlib import Path
 from typing import NamedTuple
@@ -24,10 +28,25 @@ from storage import load_checkpoint, save_checkpoint
 
 DATA_DIR = Path(__file__).resolve().parent / "data"  # downloads and decoded folders
 IMAGE_SIZE = 32  # pixels a side
-SPLIT_SEED = 0  # which images are held out, and which dead leaves fall: the same in every run
+SPLIT_SEED = 0  # which images are held out: the same in every run
 
-# Dead leaves: as many images as CIFAR-10 has.
-DEAD_LEAVES_IMAGES = {"train": 45_000, "val": 5_000, "test": 10_000}
+# Images of the sources that are made here: as many as CIFAR-10 has.
+MADE_IMAGES = {"train": 45_000, "val": 5_000, "test": 10_000}
+
+# Photo crops.
+PHOTOGRAPHS = (  # package and file
+    ("skimage", "data/astronaut.png"),
+    ("skimage", "data/chelsea.png"),
+    ("skimage", "data/coffee.png"),
+    ("skimage", "data/motorcycle_left.png"),
+    ("skimage", "data/rocket.jpg"),
+    ("matplotlib", "mpl-data/sample_data/grace_hopper.jpg"),
+)
+STRIPS = {"train": (0.0, 0.6), "val": (0.6, 0.8), "test": (0.8, 1.0)}  # of a photograph's width
+CROP_SIDES = (44, 88)  # pixels of a square before it is scaled to 32×32, smallest and largest
+CROP_CONTRAST = 0.1  # standard deviation over a square, pixels in [0, 1]: flatter ones are skipped
+
+# Dead leaves.
 DEAD_LEAVES_CHUNK = 500  # images drawn at once; each chunk has its own seed
 DISCS = 32  # per image, over a background, of which little remains to be seen
 RADII = (8.0, 32.0)  # pixels, smallest and largest; density falls as radius ** -3
@@ -56,16 +75,14 @@ def load_training_images(source, limit=0):
 
     Args:
         source: `cifar10`, `dead-leaves`, or the path of a folder.
-        limit: train on the first N images only (and hold out at most N); 0 takes all.
+        limit: train on the first N images only (and hold out at most N); 0 takes all. Of the
+            sources that are made here, one image is held out for nine to train on.
 
     Raises InputError where the images are missing, unreadable or cannot be downloaded.
     """
-    if source == "dead-leaves":
-        train_count, val_count = DEAD_LEAVES_IMAGES["train"], DEAD_LEAVES_IMAGES["val"]
-        if limit:
-            train_count, val_count = min(limit, train_count), min(limit, val_count)
-        train = dead_leaves(train_count, SPLIT_SEED, "train")
-        val = dead_leaves(val_count, SPLIT_SEED, "val")
+    if source in MADE:
+        count = made_count("train", limit)
+        train, val = MADE[source](count, "train"), MADE[source](max(2, count // 9), "val")
         labels = val_labels = None
     else:
         images, labels = load_split(source, "train")
@@ -91,12 +108,11 @@ def load_training_images(source, limit=0):
 def load_test_images(source, limit=0):
     """The test split of a source: for final figures only.
 
-    Args and errors are those of `load_training_images`; a limit shortens dead leaves alone, since
-    figures on a part of a real test split compare with nothing.
+    Args and errors are those of `load_training_images`; a limit shortens the sources that are made
+    here alone, since figures on a part of a real test split compare with nothing.
     """
-    if source == "dead-leaves":
-        count = DEAD_LEAVES_IMAGES["test"]
-        return Split(dead_leaves(min(limit, count) if limit else count, SPLIT_SEED, "test"), None)
+    if source in MADE:
+        return Split(MADE[source](made_count("test", limit), "test"), None)
     split = load_split(source, "test")
     if len(split.images) < 2:
         raise InputError(f"{source} has {len(split.images)} test image: at least 2 are needed")
@@ -109,8 +125,8 @@ def load_split(source, split):
     folder = Path(source).expanduser()
     if not folder.is_dir():
         raise InputError(
-            f"there is no folder {source}: --data takes cifar10, dead-leaves, or the path of a "
-            "folder with train/ and test/"
+            f"there is no folder {source}: --data takes cifar10, photo-crops, dead-leaves, or the "
+            "path of a folder with train/ and test/"
         )
     if (folder / "cifar-10-batches-py").is_dir():
         return load_cifar10(folder, split, download=False)
@@ -134,7 +150,7 @@ def load_cifar10(root, split, download):
         raise InputError(
             f"CIFAR-10 is not in {root} and could not be downloaded ({error}): put "
             "cifar-10-python.tar.gz there, name a folder of images with --data PATH, "
-            "or use generated images with --data dead-leaves or --demo"
+            "or use --data photo-crops or --demo"
         ) from error
     images = torch.from_numpy(dataset.data).permute(0, 3, 1, 2).contiguous()
     return Split(images, torch.tensor(dataset.targets))
@@ -207,18 +223,23 @@ def refuse_listing(error):
     raise InputError(f"could not list {error.filename} ({error.strerror}): check its permissions")
 
 
+def read_image(torchvision, path):
+    """PIL, RGB."""
+    try:
+        return torchvision.datasets.folder.default_loader(path)
+    except Exception as error:  # PIL raises OSError, SyntaxError, ValueError and its own
+        raise InputError(
+            f"could not read the image {path} ({error}): replace or remove it"
+        ) from error
+
+
 def decode_images(paths, description):
     torchvision = import_torchvision()
     transforms = torchvision.transforms.functional
     images = torch.empty(len(paths), 3, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.uint8)
     resized = 0
     for i, path in enumerate(progress_bar(paths, desc=description, unit="image")):
-        try:
-            image = torchvision.datasets.folder.default_loader(path)  # PIL, RGB
-        except Exception as error:  # PIL raises OSError, SyntaxError, ValueError and its own
-            raise InputError(
-                f"could not read the image {path} ({error}): replace or remove it"
-            ) from error
+        image = read_image(torchvision, path)
         if image.size != (IMAGE_SIZE, IMAGE_SIZE):
             image = transforms.center_crop(transforms.resize(image, IMAGE_SIZE), IMAGE_SIZE)
             resized += 1
@@ -231,28 +252,64 @@ def decode_images(paths, description):
     return images
 
 
-# --- Dead leaves ---
+# --- Images made here ---
 
 
-def dead_leaves(count, seed, split):
+def made_count(split, limit):
+    return min(limit or MADE_IMAGES[split], MADE_IMAGES[split])
+
+
+def photo_crops(count, split):
+    """Random squares out of PHOTOGRAPHS, scaled to 32×32, half of them mirrored.
+
+    Each photograph is cut into three strips, one for each split, so no pixel is in two of them.
+
+    Args:
+        count: number of images; the first N are the same whatever the count.
+        split: `train`, `val` or `test`.
+
+    Returns uint8, count×3×32×32.
+    """
+    torchvision = import_torchvision()
+    transforms = torchvision.transforms.functional
+    photographs = []
+    for package, file in PHOTOGRAPHS:
+        path = Path(importlib.util.find_spec(package).origin).parent / file
+        photograph = transforms.pil_to_tensor(read_image(torchvision, path))
+        left, right = (round(edge * photograph.shape[2]) for edge in STRIPS[split])
+        photographs.append(photograph[:, :, left:right])
+    generator = torch.Generator().manual_seed(list(STRIPS).index(split))
+    images = torch.empty(count, 3, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.uint8)
+    found = drawn = 0
+    while found < count:
+        photograph = photographs[drawn % len(photographs)]
+        drawn += 1
+        x, y, size, mirror = torch.rand(4, generator=generator).tolist()
+        side = round(CROP_SIDES[0] + size * (CROP_SIDES[1] - CROP_SIDES[0]))
+        top = int(y * (photograph.shape[1] - side + 1))
+        left = int(x * (photograph.shape[2] - side + 1))
+        crop = photograph[:, top : top + side, left : left + side]
+        crop = transforms.resize(crop, [IMAGE_SIZE, IMAGE_SIZE], antialias=True)
+        if crop.float().std((1, 2)).max() >= CROP_CONTRAST * 255:
+            images[found] = crop.flip(-1) if mirror < 0.5 else crop
+            found += 1
+    return images
+
+
+def dead_leaves(count, split):
     """Images of the dead leaves model: opaque discs dropped one over another.
 
     Lee, Mumford & Huang, "Occlusion models for natural images", IJCV 41, 2001: positions
     uniform, radii with density r^-3, which makes the statistics scale-invariant as those of
     photographs are. Each image mixes a hue of its own into its discs' random colours.
 
-    Args:
-        count: number of images; the first N are the same whatever the count.
-        seed: another seed, other images.
-        split: `train`, `val` or `test`, which share no image.
-
-    Returns uint8, count×3×32×32.
+    Args and result are those of `photo_crops`.
     """
-    stream = list(DEAD_LEAVES_IMAGES).index(split)
+    stream = list(MADE_IMAGES).index(split)
     chunks = []
     indices = range(-(-count // DEAD_LEAVES_CHUNK))
     for i in progress_bar(indices, desc=f"drawing dead leaves, {split}", unit="chunk"):
-        generator = torch.Generator().manual_seed((seed * 3 + stream) * 1_000_000 + i)
+        generator = torch.Generator().manual_seed(stream * 1_000_000 + i)
         chunks.append(draw_leaves(DEAD_LEAVES_CHUNK, generator))
     return torch.cat(chunks)[:count]
 
@@ -276,6 +333,9 @@ def draw_leaves(count, generator):
     index = topmost.flatten(1)[:, None].expand(-1, 3, -1).long()
     image = colour.gather(2, index).view(count, 3, side, side)
     return (F.avg_pool2d(image, SUPERSAMPLING) * 255).round().to(torch.uint8)
+
+
+MADE = {"photo-crops": photo_crops, "dead-leaves": dead_leaves}
 
 
 # --- Batches ---

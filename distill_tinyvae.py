@@ -32,7 +32,7 @@ from losses import (
 from metrics import encode_means
 from models import load_model
 from runtime import DTYPES, InputError, autocast, pick_device, run_script
-from settings import number, one_of, parse_settings, path, several, switch, text, whole
+from settings import file_path, number, one_of, parse_settings, several, switch, text, whole
 from standard_vae import StandardVAE
 from teacher_outputs import teacher_outputs
 from tiny_vae_32 import TinyVAE32
@@ -42,11 +42,13 @@ from vgg import VGGFeatures
 HERE = Path(__file__).resolve().parent
 
 # --- Images ---
-DATA = "cifar10"  # cifar10, photo-crops or dead-leaves (no download), or a folder with train/, test/
+DATA = "cifar10"  # cifar10, photo-crops, dead-leaves (data.py), or a folder with train/ and test/
 LIMIT = 0  # use the first N training images; 0 uses all
 
 # --- Teacher ---
 TEACHER = None  # a trained teacher's checkpoint; None: train one, stage 1
+TEACHER_LATENT_DIM = 512  # numbers in its code
+TEACHER_CHANNELS = (64, 128, 256, 512)  # out of its four encoder stages; the decoder mirrors them
 TEACHER_EPOCHS = 20  # epochs of stage 1
 TEACHER_KL_WEIGHT = 0.01  # beta of the teacher: low, since the student can only match its outputs
 
@@ -98,9 +100,10 @@ DEMO = False  # a small run without downloads, in folders demo/, which it replac
 AT_LEAST_0, FRACTION, CHANNELS = number(0, none=0.0), number(0, 1, none=0.0), several(whole(1), 4)
 KINDS = {
     "DATA": text(), "LIMIT": whole(0, none=0),
-    "TEACHER": path(none=None), "TEACHER_EPOCHS": whole(1), "TEACHER_KL_WEIGHT": AT_LEAST_0,
+    "TEACHER": file_path(none=None), "TEACHER_LATENT_DIM": whole(1), "TEACHER_CHANNELS": CHANNELS,
+    "TEACHER_EPOCHS": whole(1), "TEACHER_KL_WEIGHT": AT_LEAST_0,
     "LATENT_DIM": whole(1), "ENCODER_CHANNELS": CHANNELS, "DECODER_CHANNELS": CHANNELS,
-    "START": path(none=None), "EPOCHS": whole(1),
+    "START": file_path(none=None), "EPOCHS": whole(1),
     "RECONSTRUCTION_WEIGHT": AT_LEAST_0, "KL_WEIGHT": AT_LEAST_0, "KL_SCALE": number(0, above=True),
     "LATENT_WEIGHT": AT_LEAST_0, "LATENT_VARIANCE": number(0, above=True), "LATENT_FADE": FRACTION,
     "LATENT_FLOOR": FRACTION, "OUTPUT_WEIGHT": AT_LEAST_0,
@@ -112,12 +115,15 @@ KINDS = {
     "LEARNING_RATE": number(0, above=True), "WARMUP": FRACTION, "SEED": whole(0, 2**32 - 1),
     "DEVICE": one_of("auto", "cuda", "cpu", "mps"),
     "PRECISION": one_of("auto", "fp32", "bf16", "fp16"), "GRAPH": switch(),
-    "CHECKPOINT_DIR": path(), "OUTPUT_DIR": path(), "TEACHER_OUTPUTS": path(none=None),
-    "SAVE_EVERY": whole(1), "RESUME": switch(), "OVERWRITE": switch(), "DEMO": switch(),
+    "CHECKPOINT_DIR": file_path(), "OUTPUT_DIR": file_path(),
+    "TEACHER_OUTPUTS": file_path(none=None), "SAVE_EVERY": whole(1), "RESUME": switch(),
+    "OVERWRITE": switch(), "DEMO": switch(),
 }
+# A small teacher learns enough in a minute to be better than its student.
 DEMO_SETTINGS = {
-    "data": "photo-crops", "vgg": "none", "limit": 1000, "teacher_epochs": 3, "epochs": 5,
-    "batch_size": 16, "learning_rate": 2e-3,
+    "data": "photo-crops", "limit": 6000, "teacher_latent_dim": 128,
+    "teacher_channels": (16, 32, 64, 128), "teacher_epochs": 18, "teacher_kl_weight": 0.005,
+    "epochs": 2, "vgg": "none", "batch_size": 32, "learning_rate": 3e-3,
 }
 
 
@@ -128,7 +134,8 @@ def train_teacher(run):
     """Minimise reconstruction + beta · KL. Returns the teacher and its rows of metrics.csv."""
     s = run.settings
     torch.manual_seed(s.seed)
-    teacher = StandardVAE().to(run.device, memory_format=torch.channels_last)
+    teacher = StandardVAE(s.teacher_latent_dim, s.teacher_channels)
+    teacher.to(run.device, memory_format=torch.channels_last)
     stage = Stage("teacher", teacher, s.teacher_epochs, run)
     optimizer = stage.optimizer
 
@@ -307,8 +314,8 @@ def main(argv=None):
             distil(settings, device)
     except KeyboardInterrupt:
         print(
-            "\nInterrupted. Every finished epoch is saved: the same command with --resume continues "
-            "(without --overwrite).",
+            "\nInterrupted. Every finished epoch is saved: the same command with --resume, without "
+            "--overwrite, continues.",
             file=sys.stderr,
         )
         sys.exit(130)

@@ -37,14 +37,14 @@ from data import spread, to_float
 from losses import kl_divergence
 from metrics import encode_means, evaluate_images, median_seconds
 from models import (
-    BEST_STUDENT,
     count_parameters,
     find_images,
     find_student,
     load_model,
     weight_bytes,
 )
-from runtime import InputError, describe_device, parse_flags, print_table, require, run
+from runtime import InputError, describe_device, print_table, require, run_script
+from settings import file_path, number, parse_settings, switch, text, whole
 from standard_vae import StandardVAE
 from storage import check_writable, fingerprint, write_bytes
 from tiny_vae_32 import TinyVAE32
@@ -53,14 +53,14 @@ from vae import IMAGE_SHAPE
 HERE = Path(__file__).resolve().parent
 
 # --- What to export ---
-STUDENT = BEST_STUDENT  # a file in the checkpoint folder, or a path; else the released one
+STUDENT = None  # a file in the checkpoint folder, or a path; None: the best there, or released
 FP16 = False  # half precision too: half the bytes
 INT8 = False  # INT8 too: a quarter of the bytes
 EXECUTORCH = False  # .pte programs for phones (XNNPACK) too, of fp32 and, with --int8, of INT8
 WEB = False  # put the student and example images into web/ as well
 
 # --- Images: INT8 is calibrated on the training split, everything is measured on the test split ---
-DATA = "checkpoint"  # what the student was trained on, or cifar10, dead-leaves, or a folder
+DATA = None  # cifar10, dead-leaves, or a folder; None: what the student was trained on
 LIMIT = 0  # use the first N training images; 0: as many as the student saw, or all of DATA
 CALIBRATION_IMAGES = 512  # training images that INT8's ranges are taken from
 PERCENTILE = 99.99  # of activations that INT8's ranges cover: a few large ones cost all others
@@ -68,19 +68,25 @@ PERCENTILE = 99.99  # of activations that INT8's ranges cover: a few large ones 
 # --- Tolerances: if a form is beyond its own, nothing is written ---
 FP32_TOLERANCE = 1e-4  # largest difference of any mu, logvar or pixel from PyTorch's
 FP16_TOLERANCE = 3e-2  # the same in half precision
-INT8_TOLERANCE = 0.02  # how much error may rise and rate change, as a share
+INT8_TOLERANCE = 0.02  # how much error may rise and rate change, as a fraction
 
 # --- Files ---
 CHECKPOINT_DIR = HERE / "checkpoints"  # folder of the .pth files
 EXPORT_DIR = HERE / "onnx"  # folder of what is exported
 
+KINDS = {
+    "STUDENT": file_path(none=None), "FP16": switch(), "INT8": switch(), "EXECUTORCH": switch(),
+    "WEB": switch(), "DATA": text(none=None), "LIMIT": whole(0, none=0),
+    "CALIBRATION_IMAGES": whole(1), "PERCENTILE": number(50, 100, above=True),
+    "FP32_TOLERANCE": number(0, above=True), "FP16_TOLERANCE": number(0, above=True),
+    "INT8_TOLERANCE": number(0, above=True), "CHECKPOINT_DIR": file_path(),
+    "EXPORT_DIR": file_path(),
+}
+
 WEB_DIR = HERE / "web"
-# Test images that the page offers.
-WEB_EXAMPLES = 10
-# Of ONNX: recent enough for all, old enough for TensorRT 10.
-OPSET = 20
-# Images at once when speed is measured.
-BATCHES = (1, 64)
+WEB_EXAMPLES = 10  # test images that the page offers
+OPSET = 20  # of ONNX: recent enough for all, old enough for TensorRT 10
+BATCHES = (1, 64)  # images at once when speed is measured
 
 
 class Encoder(nn.Module):
@@ -194,8 +200,8 @@ def to_fp16(model):
 def to_int8(model, part, examples, percentile, source):
     """Weights and the inputs of convolutions and linear layers in INT8, calibrated on examples.
 
-    What comes out of them stays floating point up to the next: SiLU and sigmoid are not worth a
-    rounding, nor is the code. `source` says, in the metadata, what the examples are.
+    What comes out of them stays floating point up to the next: rounding SiLU, sigmoid or the code
+    would cost error and save nothing. `source` says, in the metadata, what the examples are.
     """
     quantization = require("onnxruntime.quantization")
     onnx = require("onnx")
@@ -516,8 +522,8 @@ def export(settings):
 
 
 def main(argv=None):
-    export(parse_flags(globals(), argv))
+    export(parse_settings(globals(), argv))
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -11,7 +11,7 @@ from standard_vae import StandardVAE
 from storage import load_checkpoint
 from tiny_vae_32 import TinyVAE32
 
-BEST_STUDENT = "tinyvae_best.pth"  # what a run leaves, and scripts take if not told otherwise
+BEST_STUDENT = "tinyvae_best.pth"  # what a run leaves
 RELEASED = Path(__file__).resolve().parent / "checkpoints" / "tinyvae_cifar10.pth"
 MODELS = {"StandardVAE": StandardVAE, "TinyVAE32": TinyVAE32}
 
@@ -43,42 +43,45 @@ def load_model(path, expected):
     return model.eval(), checkpoint
 
 
-def find_checkpoint(name, folder):
-    """A name is a file in the checkpoint folder, or else a path."""
-    return folder / name if (folder / name).exists() or not Path(name).exists() else Path(name)
+def find_checkpoint(path, folder):
+    """A file in the checkpoint folder, or else a path as it is."""
+    return folder / path if (folder / path).exists() or not path.exists() else path
 
 
-def find_student(name, folder):
-    """The path of a student: the one asked for, or the released one, which comes with this
-    repository, where no run has left another beside it. Prints which."""
-    path = find_checkpoint(name, folder)
-    if name == BEST_STUDENT and not path.exists() and folder.resolve() == RELEASED.parent:
+def find_student(path, folder):
+    """The path of a student: the one asked for; or, for None, the best one in the folder; or, where
+    no run has left one in checkpoints/, the released one. Prints which."""
+    if path is not None:
+        found = find_checkpoint(path, folder)
+    elif not (folder / BEST_STUDENT).exists() and folder.resolve() == RELEASED.parent:
         print(f"student  {RELEASED}, the released one: no run has left another")
         return RELEASED
-    print(f"student  {path}")
-    return path
+    else:
+        found = folder / BEST_STUDENT
+    print(f"student  {found}")
+    return found
 
 
 def find_images(data, limit, student_path, record):
     """Training and test images: those of `data`, or what the student was trained on.
 
-    Whoever has only the released student need not have its images: others that are at hand serve
-    to try it, and the figures, the record and the pictures name them.
+    The released student's own images may not be there: then CIFAR-10, or else crops of a few
+    photographs, take their place, and the figures, the record and the pictures name them.
 
     Args:
-        data: a source of data.py, or `checkpoint` for the student's own.
+        data: a source of data.py, or None for the student's own.
         limit: of the training images; 0: as many as the student saw, or all of `data`.
         student_path: the student's file.
         record: what it says of its training.
     """
-    if data != "checkpoint":
+    if data is not None:
         sources = [(data, limit)]
     elif "data" not in record:
         raise InputError(f"{student_path} does not say its images: name them with --data")
     else:
         sources = [(record["data"], limit or record["limit"])]
         if student_path.resolve() == RELEASED:
-            sources += [("cifar10", limit), ("dead-leaves", limit or 5000)]
+            sources += [("cifar10", limit), ("photo-crops", limit or 5000)]
     for source, count in sources:
         try:
             return load_training_images(source, count), load_test_images(source, count)

@@ -3,14 +3,14 @@
     python prune_tinyvae.py --vgg PATH                   # the students of RATIOS, and fresh ones
     python prune_tinyvae.py --vgg none --ratios 0.5 --epochs 1 --no-fresh          # a trial
     python prune_tinyvae.py --vgg PATH --split test      # the final figures of those trained
-    python test_trained_model.py --student checkpoints/pruned/tinyvae_pruned_0.6.pth
+    python test_trained_model.py --student checkpoints/pruned/pruned_0.6/tinyvae_best.pth
 
-Whole channels go, those of the smallest weights (torch-pruning), so that what is left is a
+Whole channels are removed, those of the smallest weights (torch-pruning), so that what is left is a
 TinyVAE32 with other channel numbers: smaller, faster, and loaded by every script. The 64 latents
-stay. Then it is distilled again with the five terms. Beside each stands a fresh student:
+stay. Then distill_tinyvae.py trains it on with the five terms. Beside each stands a fresh student:
 the same channel numbers, terms and steps, from random weights.
 
-It needs a teacher: distill_tinyvae.py leaves one in checkpoints/. The same command again goes on
+It needs a teacher: distill_tinyvae.py leaves one in checkpoints/. The same command again resumes
 where it stopped. Writes the students into checkpoints/pruned/, pruning.csv and pruning.png, and
 prints a table. On 2 CPU cores a student takes about 5 minutes for 5 epochs of CIFAR-10.
 Needs `pip install -r requirements-deploy.txt`.
@@ -20,28 +20,28 @@ import copy
 from pathlib import Path
 
 import torch
+from matplotlib.figure import Figure
 from torch import nn
 
-from ablate_distillation import SPLITS, Laboratory
-from distill_tinyvae import RECIPE, student_stage, train_once
-from losses import LatentProjection
-from metrics import encode_means, evaluate_vae, perceptual_distance
-from models import BEST_STUDENT, count_parameters, find_student, load_model, weight_bytes
-from pictures import draw_sizes
-from runtime import InputError, describe_device, parse_flags, print_table, require, run
-from storage import check_writable, fingerprint, write_csv
+from comparison import SPLITS, Comparison
+from metrics import evaluate_vae, vgg_distance
+from models import count_parameters, find_student, load_model, weight_bytes
+from pictures import PANELS, save_figure
+from runtime import InputError, print_table, require, run_script
+from settings import file_path, number, one_of, parse_settings, several, switch, text, whole
+from storage import check_writable, save_checkpoint, write_csv
 from tiny_vae_32 import TinyVAE32
 from vae import IMAGE_SHAPE
 
 HERE = Path(__file__).resolve().parent
 
 # --- What is pruned ---
-STUDENT = BEST_STUDENT  # a file in the checkpoint folder, or a path; else the released one
-RATIOS = "0.4,0.6,0.8"  # shares of the parameters that go, a student each, separated by commas
+STUDENT = None  # a file in the checkpoint folder, or a path; None: the best one there, or released
+RATIOS = (0.4, 0.6, 0.8)  # fractions of the parameters to remove, one student for each
 FRESH = True  # beside each, a student of its size from random weights
 
 # --- Distillation, with the weights and the batch size at the top of distill_tinyvae.py ---
-DATA = "teacher"  # what the teacher was trained on, or cifar10, dead-leaves, or a folder
+DATA = None  # cifar10, dead-leaves, or a folder; None: what the teacher was trained on
 LIMIT = 0  # train on the first N images; 0 uses all
 TEACHER = "teacher_vae.pth"  # a file in the checkpoint folder, or a path
 VGG = "imagenet"  # VGG16 of the perceptual term: imagenet, random, none, or a state dict's path
@@ -51,7 +51,7 @@ SEED = 0  # of weights, image order and latent samples
 
 # --- Measuring ---
 SPLIT = "val"  # val while anything is being chosen; test for the final figures
-JUDGE = "none"  # VGG16 that measures perceptual distance: a path, other weights than VGG's; or none
+JUDGE = None  # VGG16 that measures VGG distance: the path of other weights than VGG's; or None
 JUDGED = 2000  # images that the judge sees; 0: all
 DEVICE = "auto"  # auto (cuda, then mps, then cpu), cuda, cpu or mps
 PRECISION = "auto"  # auto, fp32, bf16 or fp16; figures are measured in fp32 always
@@ -60,35 +60,32 @@ PRECISION = "auto"  # auto, fp32, bf16 or fp16; figures are measured in fp32 alw
 CHECKPOINT_DIR = HERE / "checkpoints"  # folder of the .pth files; students go to pruned/ in it
 OUTPUT_DIR = HERE / "outputs"  # folder of pruning.csv and pruning.png
 
-FIGURES = ("mse", "psnr", "perceptual", "kl_nats", "active_dims")
+KINDS = {
+    "STUDENT": file_path(none=None), "RATIOS": several(number(0, 1, above=True)),
+    "FRESH": switch(),
+    "DATA": text(none=None), "LIMIT": whole(0, none=0), "TEACHER": file_path(),
+    "VGG": text(none="none"), "EPOCHS": whole(1), "LEARNING_RATE": number(0, above=True),
+    "SEED": whole(0, 2**32 - 1),
+    "SPLIT": one_of("val", "test"), "JUDGE": text(none="none"), "JUDGED": whole(0, none=0),
+    "DEVICE": one_of("auto", "cuda", "cpu", "mps"),
+    "PRECISION": one_of("auto", "fp32", "bf16", "fp16"), "CHECKPOINT_DIR": file_path(),
+    "OUTPUT_DIR": file_path(),
+}
+
+FIGURES = ("mse", "psnr", "vgg_distance", "kl_nats", "active_dims")
 COLUMNS = (
     "student", "ratio", "split", "channels", "parameters", "weight_bytes", *FIGURES, "mse_as_cut",
     "seconds",
 )
-# What makes a pruned student the same one.
-OWN_RECIPE = (*RECIPE, "teacher_sha256", "architecture", "start")
-
-
-def parse_ratios(text):
-    """Numbers between 0 and 1 from --ratios. Raises InputError for anything else."""
-    try:
-        ratios = [float(word) for word in text.split(",")]
-    except ValueError:
-        ratios = []
-    if not ratios or any(not 0 < ratio < 1 for ratio in ratios):
-        raise InputError(
-            f"--ratios takes shares between 0 and 1, separated by commas, got {text!r}"
-        )
-    return ratios
 
 
 def pruned_widths(student, ratio):
-    """Channels of the encoder's and decoder's stages after at least this share of the parameters
-    has gone.
+    """Channels of the encoder's and decoder's stages with at least this fraction of the parameters
+    removed.
 
-    All stages are capped at the same width. The wide ones near the code hold nearly all of the
-    parameters, the narrow ones near the image hardly any, and these cost the most error: cutting
-    the same share of each ends with 4% more of it at the same size.
+    All stages are capped at the same width. The wide ones near the latents hold nearly all of the
+    parameters, the narrow ones near the image few, and removing those costs the most error: the
+    same fraction of every stage ends with 4% more error at the same size.
     """
     architecture = student.architecture
     allowed = (1 - ratio) * count_parameters(student)
@@ -105,15 +102,15 @@ def pruned_widths(student, ratio):
 
 
 def prune(student, ratio):
-    """A TinyVAE32 without the given share of the parameters, whole channels of least weight gone.
+    """A TinyVAE32 without the given fraction of the parameters: whole channels of least weight.
 
-    What belongs to a channel goes with it: filter, BatchNorm, and the weights that read it. The
-    importance of a channel is the norm of all of these (Fang et al. 2023, DepGraph,
+    What belongs to a channel is removed with it: filter, BatchNorm, and the weights that read it.
+    The importance of a channel is the norm of all of these (Fang et al. 2023, DepGraph,
     arXiv:2301.12900).
 
     Args:
         student: a TinyVAE32; it is left as it is.
-        ratio: the share that goes, above 0 and below 1.
+        ratio: the fraction to remove, above 0 and below 1.
     """
     pruning = require("torch_pruning")
     vae = copy.deepcopy(student).cpu().eval().requires_grad_(True)
@@ -129,11 +126,11 @@ def prune(student, ratio):
     ]
     graph = pruning.DependencyGraph().build_dependency(vae, torch.rand(2, *IMAGE_SHAPE))
     importance = pruning.importance.GroupMagnitudeImportance()
-    condemned = []  # all of them before anything is cut, which changes the norms of what is left
+    removed = []  # chosen before anything is cut, which changes the norms of what is left
     for layer, cut, count, width in cuts:
         weights = importance(graph.get_pruning_group(layer, cut, list(range(count))))
-        condemned.append(weights.argsort()[: count - width].tolist())
-    for (layer, cut, *_), channels in zip(cuts, condemned):
+        removed.append(weights.argsort()[: count - width].tolist())
+    for (layer, cut, *_), channels in zip(cuts, removed):
         if channels:
             graph.get_pruning_group(layer, cut, channels).prune()
     small = TinyVAE32(student.latent_dim, encoder_widths, decoder_widths)
@@ -141,64 +138,43 @@ def prune(student, ratio):
     return small.eval()
 
 
-def fitted_projection(student_mu):
-    """How to project the teacher's code for a student that has one already: nearest to that.
-
-    Orthogonal Procrustes (Schönemann 1966): Q = UVᵀ of the covariance of the two codes. From the
-    principal components, where a new student starts, the code would first have to turn.
-    """
-
-    def make(teacher_mu, latent_dim):
-        projection = LatentProjection(teacher_mu, latent_dim)  # on the CPU
-        with torch.no_grad():
-            whitened = (teacher_mu.cpu() - projection.mean) @ projection.whitening.T
-            u, _, v = torch.linalg.svd(student_mu.cpu().T @ whitened, full_matrices=False)
-            projection.rotation.weight.copy_(u @ v)
-        return projection
-
-    return make
-
-
-def train(laboratory, pruned, ratio, start):
+def train(comparison, pruned, ratio, start):
     """A row of the table: the pruned student trained on, or one of its size from random weights.
 
     Args:
-        laboratory: what all of them share.
+        comparison: what all of them share.
         pruned: the student as it was cut.
-        ratio: the share that was cut.
+        ratio: the fraction that was cut.
         start: `pruned`, or `fresh` for random weights.
     """
-    settings = laboratory.settings
-    job = laboratory.job(settings.seed, learning_rate=settings.learning_rate)
-    job.record["start"] = fingerprint(pruned) if start == "pruned" else "random weights"
-    job.record["architecture"] = pruned.architecture
-
-    def make_stage():
-        targets = laboratory.targets_for(job)
-        if start == "pruned":
-            student = copy.deepcopy(pruned).to(job.device)
-            project = fitted_projection(encode_means(student, job.images))
-            return student_stage(job, targets, laboratory.vgg, project, student)
-        torch.manual_seed(settings.seed)
-        arguments = {key: value for key, value in pruned.architecture.items() if key != "name"}
-        return student_stage(job, targets, laboratory.vgg, student=TinyVAE32(**arguments))
-
-    path = settings.checkpoint_dir / "pruned" / f"tinyvae_{start}_{ratio:g}.pth"
-    trained = train_once(job, f"{start}, ratio {ratio:g}", path, OWN_RECIPE, make_stage)
+    settings = comparison.settings
+    architecture = pruned.architecture
+    if start == "pruned":
+        cut = comparison.folder / f"cut_{ratio:g}.pth"
+        save_checkpoint(cut, {"architecture": architecture, "model": pruned.state_dict()})
+        changes = {"start": cut}
+    else:
+        shape = ("latent_dim", "encoder_channels", "decoder_channels")
+        changes = {name: architecture[name] for name in shape}
+    changes["learning_rate"] = settings.learning_rate
+    folder = f"{start}_{ratio:g}"
+    label = f"{start}, −{ratio:.0%}"
+    trained = comparison.train_student(label, folder, settings.seed, **changes)
     seconds = round(sum(epoch["seconds"] for epoch in trained["rows"]), 1)
-    return {"seconds": seconds} | measure(laboratory, start, load_model(path, TinyVAE32)[0], ratio)
+    vae, _ = load_model(comparison.folder / folder / "tinyvae_best.pth", TinyVAE32)
+    return {"seconds": seconds} | measure(comparison, start, vae, ratio)
 
 
-def measure(laboratory, name, vae, ratio=0.0):
-    vae.to(laboratory.device, memory_format=torch.channels_last)
-    found = evaluate_vae(vae, laboratory.exam.images)
-    if laboratory.judge:
-        found["perceptual"] = perceptual_distance(vae, laboratory.judged, laboratory.judge)
+def measure(comparison, name, vae, ratio=0.0):
+    vae.to(comparison.device, memory_format=torch.channels_last)
+    found = evaluate_vae(vae, comparison.held_out.images)
+    if comparison.judge:
+        found["vgg_distance"] = vgg_distance(vae, comparison.judged, comparison.judge)
     channels = vae.architecture["encoder_channels"] + vae.architecture["decoder_channels"]
     row = {
         "student": name,
         "ratio": ratio,
-        "split": laboratory.settings.split,
+        "split": comparison.settings.split,
         "parameters": count_parameters(vae),
         "weight_bytes": weight_bytes(vae),
         "channels": "-".join(map(str, channels)),
@@ -218,39 +194,73 @@ def table_row(row, whole):
         "MSE": cell("mse", 5),
         "vs whole": f"{row['mse'] / whole['mse'] - 1:+.1%}",
         "MSE as cut": cell("mse_as_cut", 4),
-        "perceptual": cell("perceptual", 4),
+        "VGG distance": cell("vgg_distance", 4),
         "KL, nats": cell("kl_nats", 1),
     }
 
 
+def draw_sizes(path, rows, title):
+    """Error against parameters: the whole student, those pruned from it, and fresh ones.
+
+    Args:
+        path: the PNG to write.
+        rows: those of pruning.csv.
+        title: data and budget in a few words.
+    """
+    panels = [panel for panel in PANELS if panel[0] in rows[0]]
+    figure = Figure(figsize=(6 * len(panels), 4.5), layout="constrained")
+    figure.suptitle(title, fontsize=11)
+    whole = rows[0]
+    for ax, (measure, name) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
+        for kind, label, colour in (
+            ("pruned", "pruned, distilled again", "tab:blue"),
+            ("fresh", "from random weights, the same steps", "tab:orange"),
+        ):
+            points = sorted((r["parameters"], r[measure]) for r in rows if r["student"] == kind)
+            if points:
+                ax.plot(*zip(*points), marker="o", color=colour, label=label)
+        ax.plot(
+            whole["parameters"], whole[measure], "k*", markersize=10, label="before pruning"
+        )
+        for row in rows:
+            if row["student"] == "pruned":
+                ax.annotate(
+                    f"−{row['ratio']:.0%}", (row["parameters"], row[measure]), xytext=(0, -12),
+                    textcoords="offset points", fontsize=8, ha="center",
+                )
+        ax.margins(0.1, 0.15)
+        ax.xaxis.set_major_formatter(lambda value, _: f"{value / 1000:.0f}k")
+        ax.set_xlabel("parameters", fontsize=9)
+        ax.set_ylabel(name, fontsize=9)
+        ax.tick_params(labelsize=8)
+        ax.grid(alpha=0.3)
+        ax.legend(fontsize=8)
+    save_figure(figure, path)
+
+
 def prune_all(settings):
-    ratios = parse_ratios(settings.ratios)
+    for ratio in settings.ratios:
+        if ratio >= 1:
+            raise InputError(f"--ratios takes fractions between 0 and 1, got {ratio:g}")
     student_path = find_student(settings.student, settings.checkpoint_dir)
     student, checkpoint = load_model(student_path, TinyVAE32)
-    students = {ratio: prune(student, ratio) for ratio in ratios}
-    laboratory = Laboratory(settings)
-    laboratory.refuse_judge_of(checkpoint.get("record", {}))
-    check_writable(settings.checkpoint_dir / "pruned")
+    students = {ratio: prune(student, ratio) for ratio in settings.ratios}
+    comparison = Comparison(settings, "pruned")
+    comparison.refuse_judge_of(checkpoint.get("record", {}))
+    check_writable(comparison.folder)
     check_writable(settings.output_dir)
-    images, split = laboratory.images, SPLITS[settings.split]
-    print(
-        f"teacher  {laboratory.teacher_path}\n"
-        f"images   {images.record['data']}: {len(images.train):,} to train on; figures are of "
-        f"{len(laboratory.exam.images):,} of the {split} split\n"
-        f"VGG16    {laboratory.vgg_record['vgg_weights']}; judge: "
-        f"{laboratory.judge_record['vgg_weights']}\n"
-        f"budget   {settings.epochs} epochs a student, seed {settings.seed}, peak learning rate "
-        f"{settings.learning_rate:g}\n"
-        f"device   {describe_device(laboratory.device)}, {laboratory.precision}"
+    comparison.print_summary(
+        f"{settings.epochs} epochs for each student, seed {settings.seed}, peak learning rate "
+        f"{settings.learning_rate:g}"
     )
     csv_path, png_path = settings.output_dir / "pruning.csv", settings.output_dir / "pruning.png"
-    title = f"{images.record['data']}, {split} split, {settings.epochs} epochs each"
-    rows = [measure(laboratory, "whole", student)]
+    title = f"{comparison.data}, {SPLITS[settings.split]} split, {settings.epochs} epochs each"
+    rows = [measure(comparison, "whole", student)]
     for ratio, pruned in students.items():
-        cut = evaluate_vae(copy.deepcopy(pruned).to(laboratory.device), laboratory.exam.images)
-        rows.append(train(laboratory, pruned, ratio, "pruned") | {"mse_as_cut": cut["mse"]})
+        cut = evaluate_vae(copy.deepcopy(pruned).to(comparison.device), comparison.held_out.images)
+        rows.append(train(comparison, pruned, ratio, "pruned") | {"mse_as_cut": cut["mse"]})
         if settings.fresh:
-            rows.append(train(laboratory, pruned, ratio, "fresh"))
+            rows.append(train(comparison, pruned, ratio, "fresh"))
         write_csv(csv_path, COLUMNS, rows)
         draw_sizes(png_path, rows, title)
     print()
@@ -258,14 +268,14 @@ def prune_all(settings):
     print(
         "\nMSE: pixels in [0, 1], decoded from mu. fresh: the same channels, terms and steps, from "
         "random weights.\nMSE as cut: before it was trained again. channels: out of the encoder's "
-        "four stages, into the decoder's four.\nperceptual: distance of VGG16 features (--judge)."
+        "four stages, into the decoder's four.\nVGG distance: of the features of --judge."
     )
-    print(f"\nWritten:\n  {csv_path}\n  {png_path}\n  {settings.checkpoint_dir / 'pruned'}/")
+    print(f"\nWritten:\n  {csv_path}\n  {png_path}\n  {comparison.folder}/")
 
 
 def main(argv=None):
-    prune_all(parse_flags(globals(), argv))
+    prune_all(parse_settings(globals(), argv))
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

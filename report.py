@@ -1,11 +1,12 @@
 """What a run of distill_tinyvae.py prints and draws."""
 
 import torch
+from matplotlib.figure import Figure
 
 from distributed import world_size
 from metrics import evaluate_vae
 from models import count_parameters
-from pictures import draw_curves, draw_interpolations, draw_reconstructions
+from pictures import draw_interpolations, draw_reconstructions, save_figure
 from runtime import print_table
 
 PICTURES = ("training_curves.png", "reconstruction_test.png", "interpolation_test.png")
@@ -45,6 +46,56 @@ def draw(run, teacher, student, rows, when):
     draw_reconstructions(reconstructions, run.val_images, models, what)
     draw_interpolations(interpolations, run.val_images, models, what)
     draw_curves(curves, rows, f"Distillation on {run.record['data']}")
+
+
+def draw_curves(path, rows, title):
+    """Loss and its parts, validation error, rate and learning rate over the epochs of both stages.
+
+    Args:
+        path: the PNG to write.
+        rows: the rows of metrics.csv.
+        title: the run in a few words.
+    """
+    figure = Figure(figsize=(12, 6.5), layout="constrained")
+    figure.suptitle(title, fontsize=11)
+    axes = figure.subplots(2, 3).ravel()
+    for stage, colour in (("teacher", "tab:grey"), ("student", "tab:blue")):
+        stage_rows = [row for row in rows if row["stage"] == stage]
+        if not stage_rows:
+            continue
+        epochs = [row["epoch"] for row in stage_rows]
+        marker = "o" if len(epochs) < 30 else None  # a few epochs are dots, many are a line
+
+        def plot(ax, column, epochs=epochs, stage_rows=stage_rows, marker=marker, **style):
+            values = [row.get(column) for row in stage_rows]
+            if any(value is not None for value in values):
+                ax.plot(epochs, values, marker=marker, markersize=3, **style)
+
+        plot(axes[0], "loss", color=colour, label=stage)
+        if stage == "student":
+            for term in ("reconstruction", "kl", "latent", "output", "perceptual"):
+                plot(axes[1], f"{term}_weighted", label=term)
+        best = min(row["val_mse"] for row in stage_rows)
+        plot(axes[2], "val_mse", color=colour, label=f"{stage}, best {best:.4f}")
+        plot(axes[3], "kl_nats", color=colour, label=stage)
+        plot(axes[4], "active_dims", color=colour, label=stage)
+        plot(axes[5], "learning_rate", color=colour, label=stage)
+    names = (
+        "loss", "parts of the student's loss: weight × term", "validation MSE, pixels in [0, 1]",
+        "KL of an image, nats", "active dimensions", "learning rate at the epoch's end",
+    )
+    for ax, name in zip(axes, names):
+        ax.set_title(name, fontsize=9)
+        ax.set_xlabel("epoch of its stage", fontsize=8)
+        ax.tick_params(labelsize=8)
+        ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.grid(alpha=0.3)
+        if ax.lines:
+            ax.legend(fontsize=8)
+    for ax in axes[:3]:
+        ax.set_yscale("log")
+        ax.tick_params(which="both", labelsize=8)
+    save_figure(figure, path)
 
 
 def print_results(run, teacher, student, seconds, files):

@@ -1,4 +1,4 @@
-"""A run of distill_tinyvae.py as a whole: its record, its files, and earlier runs in its folders."""
+"""A run of distill_tinyvae.py as a whole: its record, its files, earlier runs in its folders."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +12,14 @@ from models import load_model
 from report import PICTURES, draw
 from runtime import InputError, describe_device, pick_precision, versions
 from standard_vae import StandardVAE
-from storage import check_writable, fingerprint, load_checkpoint, save_checkpoint, write_csv, write_json
+from storage import (
+    check_writable,
+    fingerprint,
+    load_checkpoint,
+    save_checkpoint,
+    write_csv,
+    write_json,
+)
 from tiny_vae_32 import TinyVAE32
 from vgg import load_vgg16
 
@@ -28,22 +35,25 @@ TERMS = ("reconstruction", "kl", "latent", "output", "perceptual")
 COLUMNS = (  # of metrics.csv; kl is in nats / 3072, *_weighted are the parts of the loss
     "stage", "epoch", "loss", *TERMS, *(f"{term}_weighted" for term in TERMS), "val_mse",
     "val_psnr", "kl_nats", "kl_per_latent", "active_dims", "projected_std", "learning_rate",
-    "seconds",
+    "ms_per_step", "seconds",
 )
 
 # What makes a teacher the same teacher.
 TEACHER_RECIPE = (
-    "pixels_sha256", "teacher_epochs", "teacher_kl_weight", "batch_size", "learning_rate",
-    "warmup", "seed",
+    "pixels_sha256", "teacher_architecture", "teacher_epochs", "teacher_kl_weight", "batch_size",
+    "learning_rate", "warmup", "seed",
 )
 # Settings that do not make a run another run: these may change on --resume. Data, weights and
 # shapes are compared by their fingerprints instead of their names.
 NOT_COMPARED = {
-    "data", "limit", "teacher", "vgg", "start", "latent_dim", "encoder_channels",
-    "decoder_channels", "device", "precision", "graph", "checkpoint_dir", "output_dir",
-    "teacher_outputs", "save_every", "resume", "overwrite", "demo",
+    "data", "limit", "teacher", "teacher_latent_dim", "teacher_channels", "vgg", "start",
+    "latent_dim", "encoder_channels", "decoder_channels", "device", "precision", "graph",
+    "checkpoint_dir", "output_dir", "teacher_outputs", "save_every", "resume", "overwrite", "demo",
 }
-COMPARED = ("pixels_sha256", "vgg_sha256", "teacher_sha256", "start_sha256", "architecture")
+COMPARED = (
+    "pixels_sha256", "vgg_sha256", "teacher_sha256", "teacher_architecture", "start_sha256",
+    "architecture",
+)
 
 REMEDY = "--overwrite to start anew, or another --checkpoint-dir and --output-dir"
 IN_WORDS = {
@@ -52,6 +62,7 @@ IN_WORDS = {
     "teacher_sha256": "the teacher differs",
     "start_sha256": "the weights it starts from differ",
     "architecture": "the student's channels or latents differ",
+    "teacher_architecture": "the teacher's channels or latents differ",
 }
 
 
@@ -88,6 +99,8 @@ def begin(settings, device):
         known = ("teacher_epochs", "teacher_kl_weight")
         teacher_record = {key: checkpoint.get("record", {}).get(key) for key in known}
         teacher_record["teacher_sha256"] = fingerprint(teacher)
+        s.teacher_latent_dim = teacher.architecture["latent_dim"]
+        s.teacher_channels = teacher.architecture["channels"]
     if s.start:
         student, _ = load_model(s.start, TinyVAE32)
         for name in ("latent_dim", "encoder_channels", "decoder_channels"):
@@ -105,11 +118,19 @@ def begin(settings, device):
         for name, value in vars(s).items()
         if name not in ("resume", "overwrite", "checkpoint_dir", "output_dir", "teacher_outputs")
     }
-    with torch.device("meta"):
+    with torch.device("meta"):  # for its description alone
         shape = TinyVAE32(s.latent_dim, s.encoder_channels, s.decoder_channels).architecture
+        teacher_shape = StandardVAE(s.teacher_latent_dim, s.teacher_channels).architecture
+    if needs_more_latents(s):
+        raise InputError(
+            f"the teacher has {s.teacher_latent_dim} latents, fewer than the student's "
+            f"{s.latent_dim}, which are to be learned from them: lower --latent-dim or raise "
+            "--teacher-latent-dim"
+        )
     beta = s.kl_weight * s.kl_scale / s.reconstruction_weight if s.reconstruction_weight else None
     record = in_force | images.record | vgg_record | teacher_record | {
         "architecture": shape,
+        "teacher_architecture": teacher_shape,
         "start_sha256": fingerprint(student) if student else "",
         "effective_beta": beta,  # of (summed squared error + beta × summed KL), without the others
         "device": device.type,
@@ -132,17 +153,23 @@ def begin(settings, device):
     return run, vgg, student
 
 
+def needs_more_latents(s):
+    return s.latent_weight > 0 and s.teacher_latent_dim < s.latent_dim
+
+
 # --- Is it the same run? ---
 
 
 def check_earlier_run(run):
     """Raise InputError if what is to be continued was made by another recipe."""
     settings = [name for name in vars(run.settings) if name not in NOT_COMPARED]
-    recipe = (*settings, *COMPARED)
-    for name, names in ((TEACHER, TEACHER_RECIPE), (TEACHER_STATE, recipe), (STUDENT_STATE, recipe)):
+    recipes = dict.fromkeys((TEACHER_STATE, STUDENT_STATE), (*settings, *COMPARED))
+    if not run.settings.teacher:
+        recipes[TEACHER] = TEACHER_RECIPE
+    for name, recipe in recipes.items():
         path = run.checkpoint(name)
-        if path.exists() and not (name == TEACHER and run.settings.teacher):
-            check_recipe(load_checkpoint(path), path, run.record, names)
+        if path.exists():
+            check_recipe(load_checkpoint(path), path, run.record, recipe)
 
 
 def check_recipe(checkpoint, path, record, names):

@@ -118,7 +118,7 @@ def text(none=REFUSED):
     return Kind(read, "a text that is not empty", none)
 
 
-def path(none=REFUSED):
+def file_path(none=REFUSED):
     def read(value):
         return Path(text().read(value)).expanduser()
 

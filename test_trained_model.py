@@ -1,16 +1,17 @@
-"""Evaluate a distilled student beside its teacher and PCA, on the test split.
+"""Is this student good? Evaluate it beside its teacher and PCA, on the test split.
 
     python test_trained_model.py             # the student in checkpoints/, on the data it knows
     python test_trained_model.py --demo      # the one that distill_tinyvae.py --demo made
-    python test_trained_model.py --judge PATH      # perceptual distance too
+    python test_trained_model.py --judge PATH      # VGG distance too
     python test_trained_model.py --student checkpoints/tinyvae_epoch_050.pth --data PATH
 
-Where no run has left a student in checkpoints/ it takes the released one. Prints two tables, writes
-evaluation.json, and draws reconstructions, interpolations, samples and a latent traversal from test
-images. Takes about a minute on 2 CPU cores for CIFAR-10's 10,000 test images, and three to
-five with a judge. All errors are of pixels in [0, 1], decoded from mu unless a sample is said.
+Where no run has left a student in checkpoints/ it takes the released one. Prints two tables and the
+answer, writes evaluation.json, and draws reconstructions, interpolations, samples and a latent
+traversal from test images. Takes about a minute on 2 CPU cores for CIFAR-10's 10,000 test images,
+and three to five with a judge. All errors are of pixels in [0, 1], decoded from mu unless a sample
+is named.
 
-This is a script, not a pytest file; the test suite is test_distillation.py.
+This is a script, not a pytest file: `pytest` runs the suite beside it and leaves it out.
 """
 
 from pathlib import Path
@@ -18,7 +19,7 @@ from pathlib import Path
 import torch
 
 from data import Split, spread, to_float
-from losses import PerceptualLoss, load_vgg16
+from losses import kl_divergence
 from metrics import (
     encode_means,
     evaluate_code,
@@ -26,12 +27,11 @@ from metrics import (
     evaluate_vae,
     fit_pca,
     interpolation_unevenness,
-    perceptual_distance,
     sampled_mse,
     seconds_per_batch,
+    vgg_distance,
 )
 from models import (
-    BEST_STUDENT,
     count_parameters,
     find_checkpoint,
     find_images,
@@ -39,32 +39,42 @@ from models import (
     load_model,
     weight_bytes,
 )
-from pictures import draw_interpolations, draw_reconstructions, draw_samples, draw_traversal
+from pictures import (
+    COLUMNS,
+    STEPS,
+    draw_interpolations,
+    draw_reconstructions,
+    image_grid,
+    label_row,
+    save_figure,
+    show,
+)
 from runtime import (
     InputError,
     describe_device,
-    parse_flags,
     pick_device,
     pick_precision,
     print_table,
-    run,
+    run_script,
     versions,
 )
+from settings import file_path, one_of, parse_settings, switch, text, whole
 from standard_vae import StandardVAE
 from storage import write_json
 from tiny_vae_32 import TinyVAE32
 from vae import PIXEL_VALUES
+from vgg import VGGFeatures, load_vgg16
 
 HERE = Path(__file__).resolve().parent
 
 # --- What to evaluate ---
-STUDENT = BEST_STUDENT  # a file in the checkpoint folder, or a path; else the released one
-TEACHER = "teacher_vae.pth"  # likewise; left out, and said so, where it is missing
-DATA = "checkpoint"  # what the student was trained on, or cifar10, dead-leaves, or a folder
+STUDENT = None  # a file in the checkpoint folder, or a path; None: the best one there, or released
+TEACHER = None  # likewise; None: teacher_vae.pth, left out if it is not there
+DATA = None  # cifar10, dead-leaves, or a folder; None: what the student was trained on
 LIMIT = 0  # fit PCA to the first N training images; 0: as many as the student saw, or all of DATA
 
 # --- Measuring ---
-JUDGE = "none"  # VGG16 for perceptual distance: a state dict no student was trained with; or none
+JUDGE = None  # VGG16 for VGG distance: a state dict no student was trained with; or None
 JUDGED = 0  # images that the judge sees; 0: all
 PCA_COMPONENTS = 64  # numbers in a code, as many as the student's latents
 BATCH_SIZE = 256  # images at once when images per second are measured
@@ -74,15 +84,25 @@ PRECISION = "fp32"  # fp32 for figures that compare across machines; or auto, bf
 # --- Files ---
 CHECKPOINT_DIR = HERE / "checkpoints"  # folder of the .pth files
 OUTPUT_DIR = HERE / "outputs"  # folder of evaluation.json and the pictures
-DEMO = False  # evaluate the demo's student, in the demo's folders
+DEMO = False  # evaluate the demo's student, in the folders demo/
 
-# Test images whose pairs are interpolated for the unevenness.
-INTERPOLATED = 400
-
-DEMO_SETTINGS = {
-    "checkpoint_dir": CHECKPOINT_DIR / "demo",
-    "output_dir": OUTPUT_DIR / "demo",
+KINDS = {
+    "STUDENT": file_path(none=None), "TEACHER": file_path(none=None), "DATA": text(none=None),
+    "LIMIT": whole(0, none=0), "JUDGE": text(none="none"), "JUDGED": whole(0, none=0),
+    "PCA_COMPONENTS": whole(1, PIXEL_VALUES), "BATCH_SIZE": whole(1),
+    "DEVICE": one_of("auto", "cuda", "cpu", "mps"),
+    "PRECISION": one_of("auto", "fp32", "bf16", "fp16"), "CHECKPOINT_DIR": file_path(),
+    "OUTPUT_DIR": file_path(), "DEMO": switch(),
 }
+
+TEACHER_FILE = "teacher_vae.pth"
+INTERPOLATED = 400  # test images whose pairs are interpolated for the unevenness
+SAMPLE_ROWS = 2  # rows of prior samples for each model
+TRAVERSED = 8  # latents in the traversal picture
+REACH = 3.0  # standard deviations of the prior to which a traversal goes, either way
+
+
+# --- Figures ---
 
 
 def measure_vae(vae, images, precision, batch_size):
@@ -128,7 +148,7 @@ def measure_code(vae, teacher_mu, test, train, judge, judged):
     found["sampled_mse"] = sampled_mse(vae, test.images)
     if judge:
         images = spread(test.images, judged)
-        found["perceptual"] = perceptual_distance(vae, images, judge)
+        found["vgg_distance"] = vgg_distance(vae, images, judge)
         found["unevenness"] = interpolation_unevenness(vae, spread(images, INTERPOLATED), judge)
     return found
 
@@ -140,7 +160,7 @@ def code_row(name, found):
     return {
         "test split": name,
         "MSE of a sample": column("sampled_mse", "{:.5f}"),
-        "perceptual distance": column("perceptual", "{:.4f}"),
+        "VGG distance": column("vgg_distance", "{:.4f}"),
         "interpolation unevenness": column("unevenness", "{:.3f}"),
         "CKA with teacher": column("cka", "{:.3f}"),
         "5-NN, %": column("knn_accuracy", "{:.1f}", 100),
@@ -148,31 +168,119 @@ def code_row(name, found):
     }
 
 
+# --- Pictures ---
+
+
+@torch.no_grad()
+def draw_samples(path, models, title):
+    """Images decoded from the prior, z ~ N(0, I); the same z each time.
+
+    Args are those of `draw_reconstructions`.
+    """
+    figure, axes = image_grid(SAMPLE_ROWS * len(models), COLUMNS, title)
+    row = 0
+    for name, model in models.items():
+        generator = torch.Generator().manual_seed(0)
+        z = torch.randn(SAMPLE_ROWS * COLUMNS, model.latent_dim, generator=generator)
+        images = model.decode(z.to(next(model.parameters()).device))
+        for some in images.split(COLUMNS):
+            label_row(axes[row][0], name)
+            for ax, image in zip(axes[row], some):
+                show(ax, image)
+            row += 1
+    save_figure(figure, path)
+
+
+@torch.no_grad()
+def draw_traversal(path, images, model, title):
+    """What single latents do: a row for each of the latents that carry most nats, the others held.
+
+    Args:
+        path: the PNG to write.
+        images: uint8 images; the rates are averaged over these, and the middle one is changed.
+        model: a VAE in evaluation mode, on the images' device.
+        title: what the picture shows.
+    """
+    mu, logvar = model.encode(to_float(images[:1000]))
+    rates = kl_divergence(mu, logvar).mean(0)
+    start, _ = model.encode(to_float(images[len(images) // 2][None]))
+    chosen = rates.topk(min(TRAVERSED, model.latent_dim)).indices
+    values = torch.linspace(-REACH, REACH, STEPS, device=start.device)
+    figure, axes = image_grid(len(chosen), STEPS, title)
+    for row, latent in enumerate(chosen):
+        z = start.repeat(STEPS, 1)
+        z[:, latent] = values
+        label_row(axes[row][0], f"z{latent.item()}\n{rates[latent]:.1f} nats")
+        for column, image in enumerate(model.decode(z)):
+            show(axes[row][column], image)
+            if row == 0:
+                axes[row][column].set_title(f"{values[column]:+.1f}", fontsize=8)
+    save_figure(figure, path)
+
+
+# --- All together ---
+
+
+def load_models(settings):
+    """name → model, the teacher first if there is one; the student's path and its checkpoint."""
+    student_path = find_student(settings.student, settings.checkpoint_dir)
+    teacher_path = find_checkpoint(settings.teacher or Path(TEACHER_FILE), settings.checkpoint_dir)
+    student, checkpoint = load_model(student_path, TinyVAE32)
+    models = {"student": student}
+    if teacher_path.exists() or settings.teacher:
+        models = {"teacher": load_model(teacher_path, StandardVAE)[0]} | models
+        print(f"teacher  {teacher_path}")
+    else:
+        teacher_path = None
+        print(f"teacher  left out: no {TEACHER_FILE} in {settings.checkpoint_dir}")
+    return models, student_path, teacher_path, checkpoint
+
+
+def print_answer(found, pca_components, test, data):
+    """What the figures say of the student, in a few sentences."""
+    student = found["student"]
+    pca = found[f"PCA, {pca_components} components"]
+    print(
+        f"\nOn {test:,} test images of {data}, the student reconstructs with an MSE of "
+        f"{student['mse']:.5f} at {student['kl_nats']:.1f} nats."
+    )
+    change = student["mse"] / pca["mse"] - 1
+    verdict = "better" if change < 0 else "worse"
+    components = f"PCA with {pca_components} components"
+    print(f"  {verdict} than {components} ({pca['mse']:.5f}): {change:+.1%}")
+    if "teacher" in found:
+        teacher = found["teacher"]
+        print(
+            f"  {student['mse'] / teacher['mse']:.1f} times the teacher's error "
+            f"({teacher['mse']:.5f} at {teacher['kl_nats']:.1f} nats), with "
+            f"{teacher['weight_bytes'] / student['weight_bytes']:.1f} times smaller weights"
+        )
+    else:
+        print("  its teacher is not here to compare with: --teacher PATH")
+
+
 def evaluate(settings):
     device = pick_device(settings.device)
     precision = pick_precision(settings.precision, device)
-    student_path = find_student(settings.student, settings.checkpoint_dir)
-    teacher_path = find_checkpoint(settings.teacher, settings.checkpoint_dir)
-    student, checkpoint = load_model(student_path, TinyVAE32)
-    record = checkpoint.get("record", {})
+    models, student_path, teacher_path, checkpoint = load_models(settings)
+    student, record = models["student"], checkpoint.get("record", {})
     judge, judge_record = load_vgg16(settings.judge)
     if judge and judge_record["vgg_sha256"] == record.get("vgg_sha256"):
         raise InputError(
             f"the student was trained with the weights in {settings.judge}, so they cannot judge "
             "it: name others with --judge, or none"
         )
-    models = {"student": student}
-    if teacher_path.exists() or settings.teacher != TEACHER:
-        models = {"teacher": load_model(teacher_path, StandardVAE)[0]} | models
-        print(f"teacher  {teacher_path}")
-    else:
-        print(f"teacher  left out: there is no {teacher_path}")
-
     images, test = find_images(settings.data, settings.limit, student_path, record)
     data = images.record["data"]
     train, test = Split(images.train, images.labels).to(device), test.to(device)
     if images.record["pixels_sha256"] != record.get("pixels_sha256"):
         print("images   not those the student was trained on, or not as many")
+        if "evaluation" in checkpoint:
+            print(
+                f"         On its own, it has {checkpoint['evaluation']}.\n"
+                "         On images of another kind its error may be several times as large: it "
+                "has learned\n         the first kind, and PCA below is fitted to the second."
+            )
     print(
         f"images   {data}: {len(test.images):,} of the test split; "
         f"{len(train.images):,} to fit PCA and classifiers to\n"
@@ -180,7 +288,7 @@ def evaluate(settings):
         f"device   {describe_device(device)}, {precision}\n"
     )
 
-    judge = judge and PerceptualLoss(judge).to(device, memory_format=torch.channels_last)
+    judge = judge and VGGFeatures(judge).to(device)
     found = {}
     for name, model in models.items():
         model.to(device, memory_format=torch.channels_last)
@@ -202,22 +310,22 @@ def evaluate(settings):
         f"one image; images/s: {settings.batch_size} at once; medians of 30.\nPCA: fitted to the "
         f"training images, codes of {settings.pca_components} numbers for "
         f"{PIXEL_VALUES:,} pixel values.\n"
-        "perceptual distance: between VGG16 features, unit length, through relu3_3 (--judge). "
-        "interpolation unevenness:\nhow much the perceptual distance varies from step to step of "
-        "a straight line between two codes, std / mean.\nCKA: likeness of mu to the teacher's, "
+        "VGG distance: between VGG16 features of unit length, through relu3_3 (--judge). "
+        "interpolation unevenness:\nhow much the VGG distance varies from step to step of "
+        "a straight line between two codes, std / mean.\nCKA: similarity of mu to the teacher's, "
         "0 to 1. 5-NN, linear probe: class accuracy from mu."
     )
 
     title = f"{data}, test split"
-    written = [settings.output_dir / name for name in (
-        "evaluation.json", "reconstruction_test.png", "interpolation_test.png", "samples.png",
-        "traversal.png",
+    table = settings.output_dir / "evaluation.json"
+    pictures = [settings.output_dir / name for name in (
+        "reconstruction_test.png", "interpolation_test.png", "samples.png", "traversal.png",
     )]
     write_json(
-        written[0],
+        table,
         {
             "student": str(student_path),
-            "teacher": str(teacher_path) if "teacher" in models else None,
+            "teacher": str(teacher_path) if teacher_path else None,
             "data": data,
             "test_images": len(test.images),
             "train_images": len(train.images),
@@ -230,18 +338,25 @@ def evaluate(settings):
             "results": found,
         },
     )
-    draw_reconstructions(written[1], test.images, models, title)
-    draw_interpolations(written[2], test.images, models, title)
-    draw_samples(written[3], models, "decoded from z ~ N(0, I)")
-    draw_traversal(written[4], test.images, student, f"{title}: the student's busiest latents")
+    draw_reconstructions(pictures[0], test.images, models, title)
+    draw_interpolations(pictures[1], test.images, models, title)
+    draw_samples(pictures[2], models, "decoded from z ~ N(0, I)")
+    draw_traversal(
+        pictures[3], test.images, student, f"{title}: the student's latents that carry most nats"
+    )
+    print_answer(found, settings.pca_components, len(test.images), data)
     print("\nWritten:")
-    for path in written:
+    for path in (table, *pictures):
         print(f"  {path}")
 
 
 def main(argv=None):
-    evaluate(parse_flags(globals(), argv, DEMO_SETTINGS))
+    settings = parse_settings(globals(), argv)
+    if settings.demo:
+        settings.checkpoint_dir /= "demo"
+        settings.output_dir /= "demo"
+    evaluate(settings)
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

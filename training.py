@@ -141,6 +141,7 @@ class Stage:
                 epoch = f"{len(self.rows) + 1}/{self.epoch_count}"
                 self.bar.set_postfix(epoch=epoch, loss=f"{loss:.5f}", refresh=False)
             self.bar.update()
+        self.step_seconds = (time.perf_counter() - self.start) / self.steps_per_epoch
 
     def validate(self):
         """End an epoch: recalibrate BatchNorm, measure on the held-out images, print, keep the row.
@@ -164,6 +165,7 @@ class Stage:
             row["projected_std"] = projected.std(0, correction=0).mean().item()
             projected_rank = effective_rank(projected)
         row["learning_rate"] = round(self.optimizer.learning_rate.item(), 9)  # it is float32
+        row["ms_per_step"] = round(1000 * self.step_seconds, 3)
         row["seconds"] = round(time.perf_counter() - self.start, 2)
         self.rows.append(row)
         self.bar.write(self.epoch_line(row, projected_rank))
@@ -181,8 +183,8 @@ class Stage:
         names = [name for name in self.logged if f"{name}_weighted" in row]
         terms = "  ".join(f"{name} {row[name]:.5f}" for name in names)
         line = (
-            f"{self.name} {row['epoch']:3d}/{self.epoch_count} | loss {row['loss']:.5f} | {terms} | "
-            f"val MSE {row['val_mse']:.5f}  PSNR {row['val_psnr']:.2f} dB | "
+            f"{self.name} {row['epoch']:3d}/{self.epoch_count} | loss {row['loss']:.5f} | {terms}"
+            f" | val MSE {row['val_mse']:.5f}  PSNR {row['val_psnr']:.2f} dB | "
             f"KL {row['kl_nats']:.1f} nats, {row['kl_per_latent']:.3f} per latent, "
             f"{row['active_dims']} of {self.model.latent_dim} active"
         )

@@ -33,7 +33,8 @@ class VGGFeatures(nn.Module):
 
     def __init__(self, layers, dtype=torch.float32):
         super().__init__()
-        self.layers = layers.eval().requires_grad_(False).to(dtype, memory_format=torch.channels_last)
+        layers = layers.to(dtype, memory_format=torch.channels_last)
+        self.layers = layers.eval().requires_grad_(False)
         self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(IMAGENET_STD).view(1, 3, 1, 1))
 

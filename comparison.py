@@ -1,0 +1,143 @@
+"""Students trained for comparison, and the images, teacher and judge that they are measured with.
+
+Each student is trained by a run of distill_tinyvae.py, with other flags, in a folder of its own. A run
+that stopped is resumed, and one that is done is not repeated.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from data import Split, load_test_images, load_training_images, spread
+from metrics import encode_means
+from models import find_checkpoint, load_model
+from runtime import InputError, describe_device, pick_device, pick_precision
+from standard_vae import StandardVAE
+from storage import fingerprint, load_checkpoint
+from vgg import VGGFeatures, load_vgg16
+
+SCRIPT = Path(__file__).resolve().parent / "distill_tinyvae.py"
+SPLITS = {"val": "validation", "test": "test"}
+
+
+def as_flags(settings):
+    """{"kl_weight": 0.2, "graph": False} → ["--kl-weight", "0.2", "--no-graph"]."""
+    words = []
+    for name, value in settings.items():
+        name = name.replace("_", "-")
+        if isinstance(value, bool):
+            words += [f"--{name}" if value else f"--no-{name}"]
+        else:
+            is_several = isinstance(value, (tuple, list))
+            words += [f"--{name}", ",".join(map(str, value)) if is_several else str(value)]
+    return words
+
+
+def run_distillation(label, folder, settings):
+    """Train a student by distill_tinyvae.py, or resume it, or find that it is done.
+
+    Args:
+        label: the student in a few words.
+        folder: for its checkpoints, metrics.csv, pictures, and log.txt with what the run prints.
+        settings: name → value, those that differ from the constants of the script.
+
+    Returns the content of its tinyvae_last.pth. Raises InputError if the run fails; the script's
+    own words are on the terminal by then.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    log = folder / "log.txt"
+    folders = {"checkpoint_dir": folder, "output_dir": folder, "resume": True}
+    command = [sys.executable, SCRIPT, *as_flags(settings | folders)]
+    print(f"\n{label}: {folder}", flush=True)
+    with log.open("a") as file:
+        done = subprocess.run(command, stdout=file)
+    if done.returncode:
+        raise InputError(
+            f"{label} did not finish, for the reason above: correct that and repeat the command "
+            f"(without {folder} it is trained anew)"
+        )
+    return load_checkpoint(folder / "tinyvae_last.pth")
+
+
+class Comparison:
+    """Images, teacher and judge that all students share.
+
+    Args:
+        settings: has data, limit, teacher, vgg, judge, judged, split, epochs, device, precision,
+            checkpoint_dir and output_dir.
+        name: folder of the students in checkpoint_dir.
+    """
+
+    def __init__(self, settings, name):
+        self.settings = settings
+        self.folder = settings.checkpoint_dir / name
+        self.device = pick_device(settings.device)
+        self.precision = pick_precision(settings.precision, self.device)
+        self.teacher_path = find_checkpoint(settings.teacher, settings.checkpoint_dir)
+        teacher, checkpoint = load_model(self.teacher_path, StandardVAE)
+        self.teacher = teacher.to(self.device, memory_format=torch.channels_last)
+        self.teacher_sha256 = fingerprint(teacher)
+        if settings.data is None and "data" not in checkpoint.get("record", {}):
+            raise InputError(f"{self.teacher_path} does not name its images: use --data")
+        self.data = settings.data or checkpoint["record"]["data"]
+        images = load_training_images(self.data, settings.limit)
+        self.record = images.record
+        self.train = Split(images.train, images.labels).to(self.device)
+        if settings.split == "val":
+            held_out = Split(images.val, images.val_labels)
+        else:
+            held_out = load_test_images(self.data, settings.limit)
+        self.held_out = held_out.to(self.device)
+        _, self.vgg_record = load_vgg16(settings.vgg)
+        judge, self.judge_record = load_vgg16(settings.judge)
+        self.refuse_judge_of(self.vgg_record)
+        self.judge = judge and VGGFeatures(judge).to(self.device)
+        self.judged = spread(self.held_out.images, settings.judged)
+        self._teacher_mu = None
+
+    @property
+    def teacher_mu(self):
+        """The teacher's mu of the images to measure on."""
+        if self._teacher_mu is None:
+            self._teacher_mu = encode_means(self.teacher, self.held_out.images)
+        return self._teacher_mu
+
+    def refuse_judge_of(self, record):
+        """Raise InputError if the judge is the VGG16 that a student with this record knows."""
+        sha256 = self.judge_record["vgg_sha256"]
+        if sha256 and sha256 == record.get("vgg_sha256"):
+            raise InputError(
+                "--judge holds the weights that the students are trained with, which cannot judge "
+                "them: name others, or --judge none"
+            )
+
+    def train_student(self, label, folder, seed, **changes):
+        """`run_distillation` with the images and the teacher of this comparison."""
+        settings = self.settings
+        shared = {
+            "data": self.data,
+            "limit": settings.limit,
+            "teacher": self.teacher_path,
+            "teacher_outputs": self.folder / "teacher_outputs.pth",
+            "vgg": settings.vgg,
+            "epochs": settings.epochs,
+            "seed": seed,
+            "device": settings.device,
+            "precision": settings.precision,
+            "save_every": 1_000_000,  # no numbered checkpoints
+        }
+        return run_distillation(label, self.folder / folder, shared | changes)
+
+    def print_summary(self, budget):
+        split = SPLITS[self.settings.split]
+        print(
+            f"teacher  {self.teacher_path}\n"
+            f"images   {self.data}: {len(self.train.images):,} to train on; figures are of "
+            f"{len(self.held_out.images):,} of the {split} split\n"
+            f"VGG16    {self.vgg_record['vgg_weights']}; judge: "
+            f"{self.judge_record['vgg_weights']}\n"
+            f"budget   {budget}\n"
+            f"device   {describe_device(self.device)}, {self.precision}"
+        )

@@ -1,0 +1,34 @@
+"""Fixtures of the test suite, and one thread for each of pytest's workers."""
+
+import os
+
+import pytest
+import torch
+
+pytest.register_assert_rewrite("testing")
+
+import report  # noqa: E402
+import runs  # noqa: E402
+from testing import TINY, folders, start  # noqa: E402
+
+# pytest runs two workers (pyproject.toml): one thread for each of them and of what they start.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory):
+    """A finished run of distill_tinyvae.py, once for each worker: its folder and what it printed.
+    Tests that change its files copy it."""
+    run = tmp_path_factory.mktemp("run")
+    process = start(*TINY, *folders(run))
+    output, _ = process.communicate(timeout=100)
+    assert process.returncode == 0, output
+    return run, output
+
+
+@pytest.fixture
+def without_pictures(monkeypatch):
+    """Drawing takes longer than a tiny training."""
+    for module in (report, runs):
+        monkeypatch.setattr(module, "draw", lambda *args: None)

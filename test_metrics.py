@@ -1,0 +1,258 @@
+"""Figures, and the files that keep them: metrics, baselines, checkpoints, tables."""
+
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import data
+import losses
+import metrics
+import models
+import storage
+import vgg
+from runtime import InputError
+from standard_vae import StandardVAE
+from testing import HERE, random_images, random_normal
+from tiny_vae_32 import TinyVAE32
+
+# --- Metrics ---
+
+
+def test_psnr_of_known_errors():
+    assert metrics.psnr(torch.tensor([1.0, 0.01])).tolist() == pytest.approx([0, 20])
+
+
+def test_ssim_agrees_with_the_definition_window_by_window():
+    x, y = random_images(1).double(), random_images(1, seed=1).double() * 0.5 + 0.2
+    window = np.exp(-((np.arange(11) - 5) ** 2) / (2 * 1.5**2))
+    window = np.outer(window, window) / window.sum() ** 2
+    values = []
+    for channel in range(3):
+        for i in range(22):
+            for j in range(22):
+                a, b = (t[0, channel, i : i + 11, j : j + 11].numpy() for t in (x, y))
+                ma, mb = (window * a).sum(), (window * b).sum()
+                va, vb = (window * (a - ma) ** 2).sum(), (window * (b - mb) ** 2).sum()
+                cov = (window * (a - ma) * (b - mb)).sum()
+                values.append(
+                    (2 * ma * mb + 1e-4) * (2 * cov + 9e-4)
+                    / ((ma**2 + mb**2 + 1e-4) * (va + vb + 9e-4))
+                )
+    found = metrics.ssim(x.float(), y.float())
+    assert found.item() == pytest.approx(np.mean(values), abs=1e-5)
+    assert metrics.ssim(x.float(), x.float()).item() == pytest.approx(1)
+
+
+def test_evaluation_is_the_same_in_batches_of_any_size(monkeypatch):
+    vae, images = TinyVAE32(), data.dead_leaves(50, "test")
+    whole = metrics.evaluate_vae(vae, images, with_ssim=True)
+    monkeypatch.setattr(metrics, "EVALUATION_BATCH", 7)
+    parts = metrics.evaluate_vae(vae, images, with_ssim=True)
+    assert whole == pytest.approx(parts, rel=1e-4)
+    reconstruction, mu, logvar = vae(data.to_float(images))
+    expected = F.mse_loss(reconstruction, data.to_float(images)).item()
+    assert whole["mse"] == pytest.approx(expected, rel=1e-4)
+    assert whole["kl_nats"] == pytest.approx(
+        losses.kl_divergence(mu, logvar).sum().item() / 50, rel=1e-3
+    )
+
+
+def test_active_dimensions_are_those_whose_mean_moves():
+    vae = TinyVAE32()
+    with torch.no_grad():
+        vae.fc_mu.weight[10:] = 0  # these latents say the same of every image
+        vae.fc_mu.weight[:10] *= 1000
+    assert metrics.evaluate_vae(vae, data.dead_leaves(50, "test"))["active_dims"] == 10
+
+
+def test_effective_rank_counts_directions():
+    codes = random_normal(5000, 8)
+    assert metrics.effective_rank(codes) == pytest.approx(8, abs=0.05)
+    assert metrics.effective_rank(codes[:, :1].repeat(1, 8)) == pytest.approx(1, abs=0.05)
+
+
+def test_pca_is_exact_where_images_have_no_more_dimensions():
+    basis = random_normal(4, 3072) * 5
+    flat = (random_normal(60, 4, seed=1) @ basis + 128).clamp(0, 255)
+    images = flat.to(torch.uint8).view(60, 3, 32, 32)
+    pca = metrics.fit_pca(images, 59)
+    errors = [
+        metrics.evaluate_images(
+            pca._replace(components=pca.components[:k]).reconstruct, images
+        )["mse"]
+        for k in (1, 4, 59)
+    ]
+    assert errors[0] > 10 * errors[1]  # four components hold all but rounding and clipping
+    assert errors[2] < 1e-6  # one less than the images hold everything
+    spread = data.to_float(images).flatten(1).var(0, correction=0).sum().item()
+    assert pca.variances.sum().item() == pytest.approx(spread, rel=1e-3)
+
+
+def test_gaussian_bound_is_water_filling():
+    variances = torch.tensor([4.0, 1.0, 0.25, 0.25])
+    # The third and fourth are lost: 0.5 of error before a nat is spent.
+    (point,) = metrics.gaussian_bound(variances, 2, [1.5 / 4])
+    assert point[1] == pytest.approx(0.5 * math.log(4 / 0.5) + 0.5 * math.log(1 / 0.5), abs=1e-6)
+    (point,) = metrics.gaussian_bound(variances, 2, [3.5 / 4])  # the second is under water too
+    assert point[1] == pytest.approx(0.5 * math.log(4 / 2), abs=1e-6)
+    assert metrics.gaussian_bound(variances, 2, [0.4 / 4, 6 / 4]) == []
+
+
+def test_cka_sees_through_rotation_and_scale_and_nothing_else():
+    codes = random_normal(2000, 8) * torch.linspace(0.5, 2, 8)
+    rotation = torch.linalg.qr(random_normal(8, 8, seed=1))[0]
+    assert metrics.linear_cka(codes, 3 * codes @ rotation + 5) == pytest.approx(1)
+    assert metrics.linear_cka(codes, random_normal(2000, 8, seed=2)) < 0.02
+    assert 0.1 < metrics.linear_cka(codes, codes[:, :3]) < 0.9
+
+
+def test_classifiers_of_codes_find_what_is_there_and_no_more():
+    labels = torch.arange(400) % 4
+    codes = F.one_hot(labels, 4) + 0.1 * random_normal(400, 4)
+    known = (codes[:200], labels[:200], codes[200:], labels[200:])
+    nothing = (random_normal(200, 4), labels[:200], random_normal(200, 4, seed=1), labels[200:])
+    for accuracy in (metrics.nearest_neighbour_accuracy, metrics.linear_probe_accuracy):
+        assert accuracy(*known) == 1
+        assert accuracy(*nothing) < 0.4
+    # Inside and outside of a ring: neighbours can tell, a plane cannot.
+    points = random_normal(2000, 2)
+    inside = (points.norm(dim=1) < 1.18).long()
+    ring = (points[:1000], inside[:1000], points[1000:], inside[1000:])
+    assert metrics.nearest_neighbour_accuracy(*ring) > 0.9
+    assert metrics.linear_probe_accuracy(*ring) < 0.65
+
+
+def test_neighbours_vote_and_the_nearest_decides_a_tie():
+    codes = torch.tensor([[0.0], [1.0], [2.0], [3.0], [4.0]])
+    query, truth = torch.tensor([[-1.0]]), torch.tensor([7])
+
+    def accuracy(labels):
+        return metrics.nearest_neighbour_accuracy(codes, torch.tensor(labels), query, truth)
+
+    assert accuracy([3, 3, 7, 7, 7]) == 1  # three against the two nearest
+    assert accuracy([7, 3, 3, 7, 5]) == 1  # a tie
+    assert accuracy([3, 7, 7, 3, 5]) == 0
+
+
+def test_sampled_error_is_that_of_noise_and_leaves_the_random_state():
+    vae, images = TinyVAE32().eval(), data.dead_leaves(50, "test")
+    with torch.no_grad():
+        vae.fc_logvar.weight.zero_()
+        vae.fc_logvar.bias.fill_(-40)  # no noise: a sample is the mean
+        vae.decoder[-1].weight *= 30  # an untrained decoder hardly heeds its code
+    mse = metrics.evaluate_vae(vae, images)["mse"]
+    state = torch.get_rng_state()
+    assert metrics.sampled_mse(vae, images) == pytest.approx(mse, rel=1e-5)
+    assert torch.equal(state, torch.get_rng_state())
+    with torch.no_grad():
+        vae.fc_logvar.bias.fill_(4)
+    assert metrics.sampled_mse(vae, images) > 1.01 * mse
+
+
+def test_vgg_distance_is_a_sum_over_channels_and_the_loss_a_mean():
+    images, others = random_images(4), random_images(4, seed=1)
+    features = vgg.VGGFeatures(vgg.load_vgg16("random")[0])
+    found = metrics.vgg_distances(features, images, others)
+    assert found.shape == (4,) and found.min() > 0 and found.max() < 4
+    assert metrics.vgg_distances(features, images, images).abs().max() == 0
+    pairs = list(zip(features(images), features(others)))
+    layers = [2 - 2 * F.cosine_similarity(a, b).mean((1, 2)) for a, b in pairs]
+    torch.testing.assert_close(found, sum(layers) / 3, atol=1e-5, rtol=1e-4)
+    channels = (64, 128, 256)
+    loss = sum(layer.mean() / count for layer, count in zip(layers, channels)) / 3
+    torch.testing.assert_close(losses.perceptual_loss(features, images, others), loss)
+
+
+def test_vgg_distance_and_evenness_of_known_paths():
+    class Stub:
+        """Latents that are the brightness of an image, bent by `bend`."""
+
+        def __init__(self, bend):
+            self.bend = bend
+
+        def eval(self):
+            return self
+
+        def encode(self, images):
+            return images.mean((1, 2, 3))[:, None], None
+
+        def decode(self, z):
+            return self.bend(z)[:, :, None, None].expand(-1, 3, 32, 32)
+
+    def judge(images):  # features of one layer: the red channel
+        return [images[:, :1]]
+
+    images = (torch.rand(40, 1, 1, 1, generator=torch.Generator().manual_seed(0)) * 255).to(
+        torch.uint8
+    ).expand(40, 3, 32, 32)
+    even = metrics.interpolation_unevenness(Stub(lambda z: z), images, judge)
+    bent = metrics.interpolation_unevenness(Stub(lambda z: z**3), images, judge)
+    assert even == pytest.approx(0, abs=1e-3) and bent > 0.2
+    assert metrics.vgg_distance(Stub(lambda z: z), images, judge) < 1e-9
+    off = metrics.vgg_distance(Stub(lambda z: z + 0.1), images, judge)
+    assert off == pytest.approx(0.01, rel=1e-3)
+
+
+# --- Files ---
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "table.csv"
+    storage.write_bytes(path, b"old")
+    script = (
+        "import resource, signal, sys; from pathlib import Path; sys.path.insert(0, sys.argv[1])\n"
+        "import storage\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"  # as a full disk does
+        "storage.write_bytes(sys.argv[2], b'new' * 1000)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, HERE, path], capture_output=True, text=True
+    )
+    assert "InputError: could not write" in done.stderr
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+    with pytest.raises(InputError, match="could not write"):
+        storage.write_bytes(path / "below a file", b"new")
+
+
+def test_bad_checkpoints_are_refused_in_a_sentence(tmp_path):
+    path = tmp_path / "model.pth"
+    with pytest.raises(InputError, match="there is no checkpoint"):
+        storage.load_checkpoint(path)
+    vae = TinyVAE32()
+    storage.save_checkpoint(path, {"architecture": vae.architecture, "model": vae.state_dict()})
+    whole = path.read_bytes()
+    for damaged in (whole[: len(whole) // 2], b"", b"not a checkpoint"):
+        path.write_bytes(damaged)
+        with pytest.raises(InputError, match=r"damaged|plain data"):
+            storage.load_checkpoint(path)
+    torch.save(vae, path)  # a pickled module: code
+    with pytest.raises(InputError, match="not a checkpoint of plain data"):
+        storage.load_checkpoint(path)
+    torch.save([1, 2], path)
+    with pytest.raises(InputError, match="holds a list"):
+        storage.load_checkpoint(path)
+
+
+def test_a_checkpoint_builds_the_model_it_describes_and_no_other(tmp_path):
+    path = tmp_path / "model.pth"
+    vae = TinyVAE32(latent_dim=8, decoder_channels=(10, 9, 8, 7)).eval()
+    storage.save_checkpoint(path, {"architecture": vae.architecture, "model": vae.state_dict()})
+    built, checkpoint = models.load_model(path, TinyVAE32)
+    images = random_images(2)
+    assert torch.equal(built(images)[0], vae(images)[0])
+    with pytest.raises(InputError, match="holds a TinyVAE32, but a StandardVAE is needed"):
+        models.load_model(path, StandardVAE)
+    checkpoint["architecture"]["latent_dim"] = 9
+    storage.save_checkpoint(path, checkpoint)
+    with pytest.raises(InputError, match="do not fit"):
+        models.load_model(path, TinyVAE32)
+    storage.save_checkpoint(path, {"weights": 1})
+    with pytest.raises(InputError, match="not a model checkpoint"):
+        models.load_model(path, TinyVAE32)
