@@ -1,7 +1,7 @@
 """Students trained for comparison, and the images, teacher and judge that they are measured with.
 
-Each student is trained by a run of distill_tinyvae.py, with other flags, in a folder of its own. A run
-that stopped is resumed, and one that is done is not repeated.
+Each student is trained by a run of distill_tinyvae.py, with other flags, in a folder of its own. A
+run that stopped is resumed, and one that is done is not repeated.
 """
 
 import subprocess

@@ -19,7 +19,7 @@ import torch
 
 import report
 import runs
-from distributed import processes, rank, wait_for_all, world_size
+from distributed import processes, rank, world_size
 from losses import (
     PROJECTIONS,
     kl_loss,
@@ -30,7 +30,6 @@ from losses import (
     reconstruction_loss,
 )
 from metrics import encode_means
-from models import load_model
 from runtime import DTYPES, InputError, autocast, pick_device, run_script
 from settings import file_path, number, one_of, parse_settings, several, switch, text, whole
 from standard_vae import StandardVAE
@@ -260,9 +259,7 @@ def distil_student(run, teacher, teacher_rows, vgg, student):
             step()
         stage.validate()
         runs.save_student(stage, teacher, teacher_rows)
-    wait_for_all()  # the first process may still be writing the best
-    best, _ = load_model(run.checkpoint(runs.BEST), TinyVAE32)
-    return best.to(run.device), teacher_rows + stage.rows
+    return runs.best_student(run), teacher_rows + stage.rows
 
 
 def needs_teacher(s):

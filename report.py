@@ -3,7 +3,6 @@
 import torch
 from matplotlib.figure import Figure
 
-from distributed import world_size
 from metrics import evaluate_vae
 from models import count_parameters
 from pictures import draw_interpolations, draw_reconstructions, save_figure
@@ -17,7 +16,7 @@ def print_summary(run):
     s, record = run.settings, run.record
     terms = ("reconstruction", "kl", "latent", "output", "perceptual")
     weights = ", ".join(f"{term} {getattr(s, f'{term}_weight'):g}" for term in terms)
-    beta = record["effective_beta"]
+    beta, processes = record["effective_beta"], record["processes"]
     print(
         f"images       {record['data']}: {record['train_images']:,} to train on, "
         f"{record['val_images']:,} held out\n"
@@ -32,7 +31,7 @@ def print_summary(run):
         f"optimiser    Adam, peak learning rate {s.learning_rate:g}, batch {s.batch_size}, "
         f"seed {s.seed}\n"
         f"device       {record['device_name']}, {run.precision}"
-        f"{f', {world_size()} processes' if world_size() > 1 else ''}\n"
+        f"{f', {processes} processes' if processes > 1 else ''}\n"
         f"checkpoints  {s.checkpoint_dir}\n"
         f"outputs      {s.output_dir}\n"
     )

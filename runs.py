@@ -270,6 +270,12 @@ def save_student(stage, teacher, teacher_rows):
     write_csv(run.output("metrics.csv"), COLUMNS, rows)
 
 
+def best_student(run):
+    """The student of the epoch with the lowest validation error."""
+    wait_for_all()  # the first process may still be writing it
+    return load_model(run.checkpoint(BEST), TinyVAE32)[0].to(run.device)
+
+
 # --- Earlier runs in the same folders ---
 
 

@@ -54,7 +54,7 @@ def test_every_script_declares_its_settings(script):
     assert find_kinds(script)
     # A constant with a comment beside it reads like a setting: it must be one, and no other is.
     constants = re.findall(
-        r"^([A-Z][A-Z0-9_]*) = .*  # ", source_of(script).split("\ndef ")[0], re.MULTILINE
+        r"^([A-Z][A-Z0-9_]*) = .*  # ", source_of(script).split("\nKINDS = ")[0], re.MULTILINE
     )
     assert sorted(constants) == sorted(find_kinds(script))
 
@@ -176,7 +176,7 @@ def sensible(kind):
             (f"({text},) * {count}", (value,) * count),
         ]
         return [*found, (text, (value,))] if count == 1 else found
-    inside = [n for n in (1, 2, 50, 2 * 10) if low <= n <= high and not (above and n == low)]
+    inside = [n for n in (1, 2, 20, 100) if low <= n <= high and not (above and n == low)]
     made = int if name == "whole" else float
     found = [(str(inside[0]), made(inside[0])), (f"{inside[0]}.0", made(inside[0]))]
     if 20 in inside:

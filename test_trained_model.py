@@ -277,9 +277,10 @@ def evaluate(settings):
         print("images   not those the student was trained on, or not as many")
         if "evaluation" in checkpoint:
             print(
-                f"         On its own, it has {checkpoint['evaluation']}.\n"
-                "         On images of another kind its error may be several times as large: it "
-                "has learned\n         the first kind, and PCA below is fitted to the second."
+                f"         On its own it has {checkpoint['evaluation']}.\n"
+                "         Errors on other images do not compare with that: how large they are "
+                "depends on how much\n         detail the images hold, and on how far they are "
+                "from what the student has learned."
             )
     print(
         f"images   {data}: {len(test.images):,} of the test split; "
