@@ -56,7 +56,7 @@ def run_distillation(label, folder, settings):
     if done.returncode:
         raise InputError(
             f"{label} did not finish, for the reason above: correct that and repeat the command "
-            f"(without {folder} it is trained anew)"
+            f"(remove {folder} to train it again)"
         )
     return load_checkpoint(folder / "tinyvae_last.pth")
 

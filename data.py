@@ -141,7 +141,7 @@ def load_cifar10(root, split, download):
     try:
         with download_timeout():
             dataset = datasets.CIFAR10(root, train=split == "train", download=download)
-    except Exception as error:  # URL, socket, disk and checksum errors share no narrower base
+    except Exception as error:  # URL, socket, disk and checksum errors have no narrower base
         if not download:
             raise InputError(
                 f"the CIFAR-10 in {root} is incomplete or damaged ({error}): unpack "

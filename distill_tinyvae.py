@@ -49,7 +49,7 @@ TEACHER = None  # a trained teacher's checkpoint; None: train one, stage 1
 TEACHER_LATENT_DIM = 512  # numbers in its code
 TEACHER_CHANNELS = (64, 128, 256, 512)  # out of its four encoder stages; the decoder mirrors them
 TEACHER_EPOCHS = 20  # epochs of stage 1
-TEACHER_KL_WEIGHT = 0.01  # beta of the teacher: low, since the student can only match its outputs
+TEACHER_KL_WEIGHT = 0.01  # beta of the teacher: low, since its own error limits what it can teach
 
 # --- Student ---
 LATENT_DIM = 64  # numbers in the code
@@ -183,7 +183,7 @@ def distil_student(run, teacher, teacher_rows, vgg, student):
         student: to start from, or None for random weights.
     """
     s = run.settings
-    asked = teacher_outputs(teacher, run, s.teacher_outputs) if needs_teacher(s) else None
+    asked = teacher_outputs(teacher, run, s.teacher_outputs) if runs.needs_teacher(s) else None
     student_mu = None
     if student is not None:
         student.to(run.device, memory_format=torch.channels_last)
@@ -262,10 +262,6 @@ def distil_student(run, teacher, teacher_rows, vgg, student):
     return runs.best_student(run), teacher_rows + stage.rows
 
 
-def needs_teacher(s):
-    return s.latent_weight > 0 or (s.output_weight > 0 and s.output_target == "teacher")
-
-
 # --- All together ---
 
 
@@ -285,7 +281,7 @@ def distil(settings, device):
     report.print_summary(run)
     start = time.perf_counter()
     teacher, rows = runs.load_teacher(run)
-    if teacher is None and needs_teacher(s):
+    if teacher is None and runs.needs_teacher(s):
         teacher, rows = train_teacher(run)
         runs.finish_teacher(run, teacher, rows)
     if teacher:

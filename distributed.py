@@ -74,7 +74,7 @@ def processes(device):
             raise
         raise InputError(
             f"process {rank()} of {world_size()} lost the connection to another one: every "
-            "finished epoch is saved, and the same command with --resume goes on"
+            "finished epoch is saved, and the same command with --resume continues"
         ) from error
     finally:
         dist.destroy_process_group()
@@ -162,9 +162,9 @@ class CPUSyncBatchNorm(nn.BatchNorm2d):
         with torch.no_grad():
             count = world_size() * values[:, 0].numel()
             self.num_batches_tracked += 1
-            share = self.momentum or 1 / self.num_batches_tracked.item()
-            self.running_mean.lerp_(mean, share)
-            self.running_var.lerp_(variance * (count / (count - 1)), share)
+            rate = self.momentum or 1 / self.num_batches_tracked.item()
+            self.running_mean.lerp_(mean, rate)
+            self.running_var.lerp_(variance * (count / (count - 1)), rate)
         scale = self.weight * (variance + self.eps).rsqrt()
         normal = (values - mean.view(-1, 1, 1)) * scale.view(-1, 1, 1) + self.bias.view(-1, 1, 1)
         return normal.to(x.dtype)

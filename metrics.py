@@ -73,7 +73,7 @@ def evaluate_images(reconstruct, images, with_ssim=False):
 def evaluate_vae(vae, images, precision="fp32", with_ssim=False):
     """What `evaluate_images` finds, and the code's rate. Leaves the model in evaluation mode.
 
-    kl_nats is the total KL of an image in nats, kl_per_latent its share per latent, active_dims
+    kl_nats is the total KL of an image in nats, kl_per_latent the same divided by the latents, active_dims
     the number of latents whose mu has a variance above 0.01 over the images (Burda et al. 2015,
     arXiv:1509.00519).
     """
@@ -123,8 +123,8 @@ def effective_rank(codes):
     D where all directions vary alike and are uncorrelated, 1 where all dimensions are copies.
     """
     singular = torch.linalg.svdvals((codes - codes.mean(0)).cpu())
-    share = singular / singular.sum()
-    return torch.exp(-torch.xlogy(share, share).sum()).item()
+    p = singular / singular.sum()
+    return torch.exp(-torch.xlogy(p, p).sum()).item()
 
 
 @torch.no_grad()
@@ -175,7 +175,7 @@ def nearest_neighbour_accuracy(codes, labels, test_codes, test_labels, neighbour
 
     Euclidean distance; a tie goes to the class whose nearest member is nearest.
     """
-    # A vote is worth 1 and a little more the nearer it is, which decides ties and nothing else.
+    # A vote counts 1, plus a little for nearness, which decides ties and nothing else.
     votes = 1 + 0.1 * 0.5 ** torch.arange(neighbours, device=codes.device)
     classes = int(labels.max()) + 1
     correct = 0
@@ -350,7 +350,7 @@ def median_seconds(work, device, repeats=30):
 def seconds_per_batch(vae, images, precision="fp32", repeats=30):
     """Median time of one encode and decode of a batch of float images."""
     vae.eval()
-    checks, vae.check_range = vae.check_range, False  # looking at the pixels is not the model
+    checks, vae.check_range = vae.check_range, False  # the range check is no part of the model
 
     def work():
         with autocast(images.device, precision):

@@ -98,7 +98,7 @@ def pruned_widths(student, ratio):
         with torch.device("meta"):  # to be counted, not to be filled
             if count_parameters(TinyVAE32(student.latent_dim, *widths)) <= allowed:
                 return widths
-    raise InputError(f"no student is left with {ratio:g} of the parameters gone: lower --ratios")
+    raise InputError(f"no student is left with {ratio:g} of the parameters removed: lower --ratios")
 
 
 def prune(student, ratio):

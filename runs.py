@@ -55,7 +55,7 @@ COMPARED = (
     "architecture",
 )
 
-REMEDY = "--overwrite to start anew, or another --checkpoint-dir and --output-dir"
+REMEDY = "--overwrite to start again, or another --checkpoint-dir and --output-dir"
 IN_WORDS = {
     "pixels_sha256": "the training images differ",
     "vgg_sha256": "VGG16's weights differ",
@@ -121,10 +121,10 @@ def begin(settings, device):
     with torch.device("meta"):  # for its description alone
         shape = TinyVAE32(s.latent_dim, s.encoder_channels, s.decoder_channels).architecture
         teacher_shape = StandardVAE(s.teacher_latent_dim, s.teacher_channels).architecture
-    if needs_more_latents(s):
+    if needs_teacher(s) and s.teacher_latent_dim < s.latent_dim:
         raise InputError(
             f"the teacher has {s.teacher_latent_dim} latents, fewer than the student's "
-            f"{s.latent_dim}, which are to be learned from them: lower --latent-dim or raise "
+            f"{s.latent_dim}, which learn from them: lower --latent-dim or raise "
             "--teacher-latent-dim"
         )
     beta = s.kl_weight * s.kl_scale / s.reconstruction_weight if s.reconstruction_weight else None
@@ -153,8 +153,10 @@ def begin(settings, device):
     return run, vgg, student
 
 
-def needs_more_latents(s):
-    return s.latent_weight > 0 and s.teacher_latent_dim < s.latent_dim
+def needs_teacher(settings):
+    """Whether any term of the student's loss needs the teacher."""
+    s = settings
+    return s.latent_weight > 0 or (s.output_weight > 0 and s.output_target == "teacher")
 
 
 # --- Is it the same run? ---
@@ -192,7 +194,7 @@ def check_recipe(checkpoint, path, record, names):
 
 
 def resume(stage, name):
-    """Bring a stage to where its checkpoint stands, where the run is to be resumed and has one.
+    """Load a stage's checkpoint, where the run is to be resumed and has one.
 
     Raises InputError if the checkpoint does not fit.
     """
@@ -207,7 +209,7 @@ def resume(stage, name):
     except (KeyError, RuntimeError, ValueError, TypeError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(
-            f"{path} cannot be resumed from ({reason}): --overwrite starts anew"
+            f"{path} cannot be resumed from ({reason}): --overwrite starts again"
         ) from error
     print(f"Resuming the {stage.name} after epoch {len(stage.rows)}, from {path}")
     earlier = state["record"]

@@ -1,4 +1,4 @@
-"""What the teacher makes of images that never change: one pass serves every epoch."""
+"""The teacher's latents and outputs. The images never change, so one pass serves every epoch."""
 
 from typing import NamedTuple
 

@@ -1203,7 +1203,7 @@ def test_when_one_of_two_processes_dies_the_other_says_so(tmp_path):
     output, _ = process.communicate(timeout=60)
     assert process.returncode != 0
     assert "of 2 lost the connection to another one" in output
-    assert "with --resume goes on" in output
+    assert "the same command with --resume" in output
 
 
 # --- CUDA ---

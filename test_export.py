@@ -11,9 +11,9 @@ from PIL import Image
 import data
 import export_tinyvae
 import models
-import runtime
 import storage
 from runtime import InputError
+from settings import parse_settings
 from testing import HERE, random_images
 from tiny_vae_32 import TinyVAE32
 
@@ -88,7 +88,7 @@ def test_a_form_that_is_not_the_student_is_not_written(tmp_path, monkeypatch):
 
 
 def test_each_form_is_held_to_its_tolerance():
-    settings = runtime.parse_flags(vars(export_tinyvae), [])
+    settings = parse_settings(vars(export_tinyvae), [])
     true = {"mse": 0.01, "kl_nats": 80.0}
 
     def refuse(name, **found):

@@ -1,11 +1,13 @@
 """The scripts beside the distillation: evaluation, ablation, pruning, bench."""
 
+import contextlib
 import csv
 import json
 import math
 import shutil
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,15 +16,17 @@ import torch.nn.functional as F
 
 import ablate_distillation
 import bench_training
+import comparison
 import data
 import distill_tinyvae
 import models
+import optimizer
 import prune_tinyvae
-import runtime
 import storage
 import test_trained_model
 import training
 from runtime import InputError
+from settings import parse_settings
 from testing import folders, needs_cuda, random_images
 from tiny_vae_32 import TinyVAE32
 
@@ -40,10 +44,15 @@ def test_evaluation_script(tiny_run, tmp_path, capsys):
     assert student["parameters"] == 294_403
     # The figures are those of the test split, computed here another way.
     vae, _ = models.load_model(run / "checkpoints" / "tinyvae_best.pth", TinyVAE32)
-    images = data.to_float(data.dead_leaves(64, data.SPLIT_SEED, "test"))
+    images = data.to_float(data.dead_leaves(64, "test"))
     assert student["mse"] == pytest.approx(F.mse_loss(vae(images)[0], images).item(), rel=1e-3)
     ratio = record["results"]["teacher"]["weight_bytes"] / student["weight_bytes"]
-    assert 28.5 < ratio < 29.5 and f"{ratio:.1f}×" in printed
+    assert f"{ratio:.1f}×" in printed
+    # The last lines are the answer and the pictures.
+    answer = printed[printed.index("On 64 test images of dead-leaves"):]
+    assert f"MSE of {student['mse']:.5f} at {student['kl_nats']:.1f} nats" in answer
+    assert "worse than PCA with 64 components" in answer and "times the teacher's error" in answer
+    assert answer.rstrip().endswith("traversal.png")
     assert {path.name for path in tmp_path.iterdir()} == {
         "evaluation.json", "reconstruction_test.png", "interpolation_test.png", "samples.png",
         "traversal.png",
@@ -75,12 +84,15 @@ def test_the_released_student_is_what_its_card_says(tmp_path, capsys, monkeypatc
     vae, checkpoint = models.load_model(released, TinyVAE32)
     assert models.count_parameters(vae) == 294_403
     record = checkpoint["record"]
-    assert set(checkpoint) == {"stage", "architecture", "epoch", "model", "record"}
+    assert set(checkpoint) == {"stage", "architecture", "epoch", "model", "record", "evaluation"}
     assert not [value for value in record.values() if str(value).startswith("/")]
-    for constant in ("EPOCHS", "TEACHER_EPOCHS", "KL_WEIGHT", "LATENT_WEIGHT", "TEMPERATURE"):
+    for constant in (
+        "EPOCHS", "TEACHER_EPOCHS", "KL_WEIGHT", "KL_SCALE", "LATENT_WEIGHT", "LATENT_VARIANCE",
+        "LATENT_FLOOR", "TEMPERATURE", "PERCEPTUAL_SCALE",
+    ):
         assert record[constant.lower()] == getattr(distill_tinyvae, constant)
 
-    # Whoever has neither its images nor a network still gets figures and pictures, and is told.
+    # Without its images and without a network there are still figures and pictures.
     def no_network(*args, **kwargs):
         raise InputError("CIFAR-10 could not be downloaded")
 
@@ -92,8 +104,9 @@ def test_the_released_student_is_what_its_card_says(tmp_path, capsys, monkeypatc
     printed = capsys.readouterr().out
     assert "the released one" in printed and "not cifar10: CIFAR-10 could not" in printed
     assert "not those the student was trained on" in printed
+    assert checkpoint["evaluation"] in printed and "MSE of 0.00761 at 81.8 nats" in printed
     found = json.loads((tmp_path / "outputs" / "evaluation.json").read_text())
-    assert found["data"] == "dead-leaves" and found["results"]["student"]["mse"] < 0.02
+    assert found["data"] == "photo-crops" and found["results"]["student"]["mse"] < 0.006
 
 
 # --- The ablation ---
@@ -135,7 +148,34 @@ def test_the_comparison_with_scratch_is_made_at_the_same_rate():
     assert ablate_distillation.against_scratch(summary["no KL"], every, "mse") is None
 
 
-def test_an_ablation_goes_on_where_it_stopped(tiny_run, tmp_path, capsys, monkeypatch):
+@pytest.fixture
+def in_this_process(monkeypatch, without_pictures):
+    """distill_tinyvae.py without starting Python anew; returns the folders it was called for."""
+    called = []
+
+    def run(command, stdout):
+        flags = [str(word) for word in command[2:]]
+        called.append(Path(flags[flags.index("--checkpoint-dir") + 1]).name)
+        try:
+            with contextlib.redirect_stdout(stdout):
+                distill_tinyvae.main(flags)
+        except InputError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return SimpleNamespace(returncode=1)
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(comparison.subprocess, "run", run)
+    return called
+
+
+def read_csv(path):
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_an_ablation_resumes_where_it_stopped(
+    tiny_run, tmp_path, capsys, monkeypatch, in_this_process
+):
     run, _ = tiny_run
     (tmp_path / "checkpoints").mkdir()
     shutil.copy(run / "checkpoints" / "teacher_vae.pth", tmp_path / "checkpoints")
@@ -143,49 +183,74 @@ def test_an_ablation_goes_on_where_it_stopped(tiny_run, tmp_path, capsys, monkey
         *folders(tmp_path), "--vgg", "none", "--limit", "64", "--epochs", "2", "--seeds", "1",
         "--variants", "no latent", "--rate-tolerance", "1", "--device", "cpu",
     ]
-    train_epoch = training.Stage.train_epoch
+    steps = training.Stage.steps
     epochs = []
 
-    def interrupted(self, bar):
+    def interrupted(self):
         epochs.append(len(self.rows))
         if len(epochs) == 4:
             raise KeyboardInterrupt
-        return train_epoch(self, bar)
+        yield from steps(self)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(training.Stage, "train_epoch", interrupted)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(training.Stage, "steps", interrupted)
         ablate_distillation.main(flags)
     assert epochs == [0, 1, 0, 1]  # full, then scratch, stopped in its second epoch
     with monkeypatch.context() as patch:
-        patch.setattr(training.Stage, "train_epoch", interrupted)
+        patch.setattr(training.Stage, "steps", interrupted)
         ablate_distillation.main(flags)
     assert epochs[4:] == [1, 0, 1, 0, 1, 0, 1]  # its second, two other rates, no latent
-    printed = capsys.readouterr().out
-    assert "goes on after epoch 1" in printed and "| no latent" in printed
-    with (tmp_path / "outputs" / "ablation.csv").open() as file:
-        rows = list(csv.DictReader(file))
+    assert "| no latent" in capsys.readouterr().out
+    log = tmp_path / "checkpoints" / "ablation" / in_this_process[1] / "log.txt"
+    assert "Resuming the student after epoch 1" in log.read_text()
+    rows = read_csv(tmp_path / "outputs" / "ablation.csv")
     assert [row["variant"] for row in rows] == ["full", *["scratch"] * 3, "no latent"]
     assert (tmp_path / "outputs" / "ablation.png").stat().st_size > 10_000
 
     # Measured on the other split without training; refused for another budget or judge.
-    monkeypatch.setattr(training.Stage, "train_epoch", None)
+    monkeypatch.setattr(training.Stage, "steps", None)
     ablate_distillation.main([*flags, "--split", "test"])
-    with (tmp_path / "outputs" / "ablation.csv").open() as file:
-        again = list(csv.DictReader(file))
+    again = read_csv(tmp_path / "outputs" / "ablation.csv")
     assert [row["val_mse"] for row in rows] == [row["val_mse"] for row in again]
     assert rows[0]["mse"] != again[0]["mse"]
-    perceptual = []
-    for judged in ("2", "4"):  # another exam is another measurement of the same students
+    distances = []
+    for judged in ("2", "4"):  # other images are another measurement of the same students
         ablate_distillation.main([*flags, "--judge", "random", "--judged", judged])
-        with (tmp_path / "outputs" / "ablation.csv").open() as file:
-            perceptual.append(float(next(csv.DictReader(file))["perceptual"]))
-    assert perceptual[0] != perceptual[1]
-    with pytest.raises(InputError, match="epochs was 2, is 3"):
+        distances.append(read_csv(tmp_path / "outputs" / "ablation.csv")[0]["vgg_distance"])
+    assert distances[0] != distances[1]
+    with pytest.raises(InputError, match="full, seed 0 did not finish, for the reason above"):
         ablate_distillation.main([*flags, "--epochs", "3"])
+    assert "epochs was 2, is 3" in capsys.readouterr().err
     with pytest.raises(InputError, match="no variant 'no teacher': choose from no rec"):
         ablate_distillation.main([*flags, "--variants", "no teacher"])
     with pytest.raises(InputError, match="cannot judge"):
         ablate_distillation.main([*flags, "--vgg", "random", "--judge", "random"])
+
+
+def test_figures_are_measured_again_where_what_they_depend_on_changes(tmp_path, monkeypatch):
+    vae = TinyVAE32()
+    storage.save_checkpoint(
+        tmp_path / "tinyvae_last.pth", {"architecture": vae.architecture, "model": vae.state_dict()}
+    )
+    comparison_of = SimpleNamespace(
+        settings=SimpleNamespace(split="val"), judge=None, teacher_sha256="t", judged=[],
+        record={"pixels_sha256": "p"}, judge_record={"vgg_sha256": ""}, device="cpu",
+    )
+    calls = []
+    monkeypatch.setattr(
+        ablate_distillation, "measure", lambda *args: calls.append(1) or {"mse": len(calls)}
+    )
+
+    def measured():
+        return ablate_distillation.measured(comparison_of, tmp_path)["mse"]
+
+    assert [measured(), measured()] == [1, 1]
+    comparison_of.settings.split = "test"
+    assert [measured(), measured()] == [2, 2]
+    changed = tmp_path / "metrics.py"  # the code that measures
+    changed.write_text("another definition")
+    monkeypatch.setattr(ablate_distillation.metrics, "__file__", str(changed))
+    assert [measured(), measured()] == [3, 3]
 
 
 # --- Pruning ---
@@ -237,7 +302,7 @@ def test_without_torch_pruning_its_installation_is_named(monkeypatch):
 
 
 def test_pruned_students_are_trained_once_and_every_script_loads_them(
-    tiny_run, tmp_path, capsys, monkeypatch
+    tiny_run, tmp_path, capsys, monkeypatch, in_this_process
 ):
     pytest.importorskip("torch_pruning")
     run, _ = tiny_run
@@ -251,22 +316,24 @@ def test_pruned_students_are_trained_once_and_every_script_loads_them(
     prune_tinyvae.main(flags)
     printed = capsys.readouterr().out
     assert "| pruned, −50%" in printed and "| fresh, −50%" in printed
-    with (tmp_path / "outputs" / "pruning.csv").open() as file:
-        whole, pruned, fresh = csv.DictReader(file)
+    whole, pruned, fresh = read_csv(tmp_path / "outputs" / "pruning.csv")
     assert int(pruned["parameters"]) <= 0.5 * int(whole["parameters"])
     assert pruned["channels"] == fresh["channels"] and pruned["mse"] != fresh["mse"]
     assert (tmp_path / "outputs" / "pruning.png").stat().st_size > 10_000
 
-    monkeypatch.setattr(training.Stage, "train_epoch", None)
+    monkeypatch.setattr(training.Stage, "steps", None)
     prune_tinyvae.main(flags)  # nothing is trained again
-    with pytest.raises(InputError, match="epochs was 1, is 2"):
+    assert in_this_process == ["pruned_0.5", "fresh_0.5"] * 2
+    with pytest.raises(InputError, match="pruned, −50% did not finish"):
         prune_tinyvae.main([*flags, "--epochs", "2"])
-    for ratios in ("0.5,1", "half", ""):
-        with pytest.raises(InputError, match="--ratios takes shares"):
+    assert "epochs was 1, is 2" in capsys.readouterr().err
+    for ratios in ("0.5,1.5", "half", ""):
+        with pytest.raises(SystemExit):
             prune_tinyvae.main([*flags, "--ratios", ratios])
-    with pytest.raises(InputError, match=r"no student is left with 0\.999 of the parameters gone"):
+        assert "argument --ratios: must be one value or more" in capsys.readouterr().err
+    with pytest.raises(InputError, match=r"no student is left with 0\.999 of the parameters"):
         prune_tinyvae.main([*flags, "--ratios", "0.999"])
-    path = tmp_path / "checkpoints" / "pruned" / "tinyvae_pruned_0.5.pth"
+    path = tmp_path / "checkpoints" / "pruned" / "pruned_0.5" / "tinyvae_best.pth"
     test_trained_model.main([*folders(tmp_path), "--student", str(path), "--limit", "64"])
     found = json.loads((tmp_path / "outputs" / "evaluation.json").read_text())
     assert found["results"]["student"]["parameters"] == int(pruned["parameters"])
@@ -275,26 +342,60 @@ def test_pruned_students_are_trained_once_and_every_script_loads_them(
 # --- The bench ---
 
 
+BENCH = ["--limit", "64", "--batch-size", "16", "--workers", "0", "--device", "cpu"]
+
+
 @pytest.fixture
 def bench():
-    flags = ["--limit", "64", "--device", "cpu", "--precision", "fp32", "--workers", "0"]
-    found = bench_training.Bench(runtime.parse_flags(vars(bench_training), flags))
-    found.recipe.batch_size = 16
-    return found
+    flags = [*BENCH, "--precision", "fp32"]
+    return bench_training.Bench(parse_settings(vars(bench_training), flags))
 
 
-def test_our_step_does_what_the_straightforward_loop_does(bench, monkeypatch):
+def test_the_bench_times_the_recipe_of_distill_tinyvae():
+    recipe = parse_settings(vars(distill_tinyvae), [])
+    settings = parse_settings(vars(bench_training), [])
+    assert settings.batch_size == recipe.batch_size
+    assert settings.perceptual_images == recipe.perceptual_images
+    epochs = {"teacher": recipe.teacher_epochs, "student": recipe.epochs}
+    assert epochs == bench_training.RECIPE_EPOCHS
+
+
+def test_the_straightforward_loop_computes_what_distill_tinyvae_does(
+    bench, tmp_path, monkeypatch, without_pictures
+):
     # At the same rate, on the same images: caches, layouts and fused kernels change nothing but
     # rounding, which the steps let grow, and the teacher's logits, which are kept in fp16.
+    def batches(self):
+        order = torch.Generator().manual_seed(0)
+        while True:
+            yield from data.shuffled_batches(len(self.images), self.batch_size, order)
+
+    monkeypatch.setattr(bench_training.Bench, "indices", batches)
     monkeypatch.setattr(torch.optim.lr_scheduler, "OneCycleLR", lambda *_, **__: SimpleNamespace(
         step=lambda: None
     ))
-    monkeypatch.setattr(training.Stage, "set_schedule", lambda *_: None)
+    monkeypatch.setattr(optimizer, "one_cycle", lambda *_: 1.0)
     kept = [bench_training.RESIDENT, bench_training.FEW_IMAGES]
     plain = bench_training.straightforward(bench, "student", kept)
-    plain_losses = [plain() for _ in range(10)]
-    ours = bench_training.ours(bench, "student")
-    our_losses = [ours()["loss"].item() for _ in range(10)]
+    plain_losses = [plain() for _ in range(12)]
+
+    teacher = tmp_path / "teacher.pth"
+    storage.save_checkpoint(
+        teacher, {"architecture": bench.teacher.architecture, "model": bench.teacher.state_dict()}
+    )
+    our_losses = []
+    log = training.Stage.log
+
+    def watch(self, loss, terms, weighted):
+        our_losses.append(loss.item())
+        log(self, loss, terms, weighted)
+
+    monkeypatch.setattr(training.Stage, "log", watch)
+    distill_tinyvae.main([
+        "--data", "dead-leaves", "--vgg", "random", "--limit", "64", "--batch-size", "16",
+        "--epochs", "3", "--latent-fade", "0", "--teacher", str(teacher), "--device", "cpu",
+        "--precision", "fp32", *folders(tmp_path),
+    ])
     assert our_losses == pytest.approx(plain_losses, rel=1e-3)
     assert our_losses[-1] < 0.95 * our_losses[0]
 
@@ -305,33 +406,35 @@ def test_the_bench_counts_the_work_there_is(bench):
     macs, traffic = bench_training.count_work(lambda: linear(x))
     assert macs == 8 * 10 * 20 and traffic == 4 * (8 * 10 + 10 * 20 + 8 * 20)
     tricks = bench_training.tricks_of(bench.device, "fp32")
-    ours, _ = bench_training.count_work(bench_training.ours(bench, "student"))
-    all_tricks = bench_training.straightforward(bench, "student", tricks)
-    assert bench_training.count_work(all_tricks)[0] == ours
+    ours, _ = bench_training.count_work(bench_training.straightforward(bench, "student", tricks))
     tricks.remove(bench_training.FEW_IMAGES)
     more, _ = bench_training.count_work(bench_training.straightforward(bench, "student", tricks))
     assert more > 2.5 * ours
 
 
-def test_the_bench_prints_and_draws_what_it_measures(tmp_path, capsys, monkeypatch):
-    def two_variants(bench):
+def test_the_bench_prints_and_draws_what_it_measures(
+    tmp_path, capsys, monkeypatch, in_this_process
+):
+    def few_variants(bench):
         return {
-            ("student", "ours"): lambda: time.sleep(0.002),
-            ("teacher", "ours"): lambda: time.sleep(0.004),
             ("student", "straightforward"): lambda: time.sleep(0.006),
             ("teacher", "straightforward"): lambda: time.sleep(0.008),
             ("student", f"+ {bench_training.FEW_IMAGES}"): lambda: time.sleep(0.003),
         }
 
-    monkeypatch.setattr(bench_training, "make_variants", two_variants)
-    flags = ["--limit", "64", "--seconds", "0.02", "--no-inference", "--output-dir", str(tmp_path)]
-    bench_training.main([*flags, "--device", "cpu"])
-    with (tmp_path / "bench_training.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    assert float(rows[0]["ms_per_step"]) == pytest.approx(2, abs=1.5)
-    assert float(rows[0]["ratio"]) == pytest.approx(3, abs=1.5)  # 6 ms against 2
+    monkeypatch.setattr(bench_training, "make_variants", few_variants)
+    flags = [*BENCH, "--repeats", "1", "--seconds", "0.02", "--no-inference"]
+    flags += ["--output-dir", str(tmp_path)]
+    bench_training.main(flags)
+    rows = {(row["stage"], row["variant"]): row for row in
+            read_csv(tmp_path / "bench_training.csv")}
+    few = rows["student", f"+ {bench_training.FEW_IMAGES}"]
+    assert float(few["ms_per_step"]) == pytest.approx(3, abs=1.5)
+    assert float(few["ratio"]) == pytest.approx(2, abs=1)  # 6 ms against 3
+    for stage in ("teacher", "student"):  # those of distill_tinyvae.py
+        assert float(rows[stage, "ours"]["ms_per_step"]) > 1
     assert "floor by arithmetic" in capsys.readouterr().out
-    for bad, message in ((["--limit", "20"], "do not fill a batch"), (["--vgg", "none"], "random")):
+    for bad, message in ((["--limit", "15"], "do not fill a batch"), (["--vgg", "none"], "random")):
         with pytest.raises(InputError, match=message):
             bench_training.main([*flags, *bad])
     assert (tmp_path / "bench_training.png").stat().st_size > 5_000

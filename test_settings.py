@@ -1,6 +1,7 @@
 """Settings: constants as users edit them, flags, and what is refused, for every script."""
 
 import ast
+import functools
 import importlib
 import importlib.util
 import math
@@ -45,6 +46,16 @@ def source_of(script):
     return (HERE / f"{script}.py").read_text(encoding="utf-8")
 
 
+@functools.cache
+def assignments(script):
+    """name → the one statement that assigns a constant."""
+    nodes = [node for node in ast.parse(source_of(script)).body if isinstance(node, ast.Assign)]
+    found = {name: [n for n in nodes if [ast.unparse(t) for t in n.targets] == [name]]
+             for name in KINDS[script]}
+    assert all(len(nodes) == 1 for nodes in found.values())
+    return {name: node for name, (node,) in found.items()}
+
+
 def flag_of(name):
     return "--" + name.lower().replace("_", "-")
 
@@ -84,24 +95,17 @@ class Editor:
 
     def __init__(self, folder, script):
         self.path, self.source = folder / f"{script}.py", source_of(script)
-
-    def find(self, name):
-        """The one assignment of a constant."""
-        (node,) = (
-            node for node in ast.parse(self.source).body
-            if isinstance(node, ast.Assign) and [ast.unparse(t) for t in node.targets] == [name]
-        )
-        return node
+        self.assignments = assignments(script)
 
     def value(self, name):
         """The value of a constant as it is written."""
-        return ast.get_source_segment(self.source, self.find(name).value)
+        return ast.unparse(self.assignments[name].value)
 
     def load(self, name=None, text=""):
         """The module with this text in place of the lines that assign the constant."""
         lines = self.source.splitlines()
         if name:
-            node = self.find(name)
+            node = self.assignments[name]
             lines[node.lineno - 1 : node.end_lineno] = text.splitlines()
         self.path.write_text("\n".join(lines) + "\n", encoding="utf-8")
         spec = importlib.util.spec_from_file_location("edited", self.path)

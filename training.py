@@ -30,7 +30,7 @@ CALIBRATION_IMAGES = 5000  # training images that BatchNorm's statistics are tak
 
 
 class Stage:
-    """A model in training, and everything needed to go on from the end of an epoch.
+    """A model in training, and everything needed to resume after an epoch.
 
     Args:
         name: `teacher` or `student`.
@@ -45,7 +45,7 @@ class Stage:
         settings = run.settings
         self.name, self.model, self.epoch_count, self.run = name, model, epochs, run
         self.projection, self.val_teacher_mu = projection, val_teacher_mu
-        self.model.check_range = False  # to_float makes the images; looking would stall a GPU
+        self.model.check_range = False  # to_float makes the images; the check makes a GPU wait
         share_batch_norm(model)
         copy_from_first(model)
         if projection is not None:
@@ -83,7 +83,7 @@ class Stage:
     def next_batch(self):
         """Images in [0, 1], noise for their latents, and their indices; sets the learning rate.
 
-        With several processes, this one's share of the batch.
+        With several processes, this one's part of the batch.
         """
         index = self.batches.index_select(0, self.batch)[0]
         self.optimizer.set_step(self.step_number)
@@ -175,8 +175,8 @@ class Stage:
         if not math.isfinite(value):
             raise InputError(
                 f"the {what} of the {self.name} became {value} in epoch {len(self.rows) + 1}; the "
-                "epochs before it are saved: go on from them with --resume --precision fp32, or "
-                "start anew with --overwrite and a lower --learning-rate"
+                "epochs before it are saved: continue from them with --resume --precision fp32, or "
+                "start again with --overwrite and a lower --learning-rate"
             )
 
     def epoch_line(self, row, projected_rank):
@@ -195,7 +195,7 @@ class Stage:
     # --- Resuming ---
 
     def state(self):
-        """Everything needed to go on, as plain data."""
+        """Everything needed to resume, as plain data."""
         random = {"cpu": torch.get_rng_state(), "order": self.order.get_state()}
         device = self.run.device.type
         if device in ("cuda", "mps"):

@@ -1,4 +1,4 @@
-"""What teacher and student share: an image goes in, a mean and a log-variance come out, and back.
+"""What teacher and student have in common: image → mean and log-variance → image.
 
 A model file defines the layers; this file says how they are used. Images are floating point,
 N×3×32×32, with values in [0, 1].

@@ -78,7 +78,7 @@ def load_vgg16(source, seed=0):
                 weights = models.VGG16_Weights.IMAGENET1K_V1.get_state_dict(
                     progress=True, check_hash=True, weights_only=True
                 )
-        except Exception as error:  # URL, socket, disk and checksum errors share no narrower base
+        except Exception as error:  # URL, socket, disk and checksum errors have no narrower base
             raise InputError(
                 f"the ImageNet weights of VGG16 could not be downloaded or read ({error}): name a "
                 "file that holds them with --vgg PATH, use --vgg random or --vgg none, or --demo"
