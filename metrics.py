@@ -73,9 +73,9 @@ def evaluate_images(reconstruct, images, with_ssim=False):
 def evaluate_vae(vae, images, precision="fp32", with_ssim=False):
     """What `evaluate_images` finds, and the code's rate. Leaves the model in evaluation mode.
 
-    kl_nats is the total KL of an image in nats, kl_per_latent the same divided by the latents, active_dims
-    the number of latents whose mu has a variance above 0.01 over the images (Burda et al. 2015,
-    arXiv:1509.00519).
+    kl_nats is the total KL of an image in nats, kl_per_latent the same divided by the latents,
+    active_dims the number of latents whose mu has a variance above 0.01 over the images (Burda et
+    al. 2015, arXiv:1509.00519).
     """
     vae.eval()
     codes = []

@@ -116,7 +116,7 @@ DROP = """([id, content]) => {
 def test_the_page_draws_what_pytorch_computes(browser_page, tmp_path):
     page = browser_page
     if not VENDOR.exists():
-        pytest.skip("web/vendor/ does not hold the runtime: the README, Deploy, has the command")
+        pytest.skip("web/vendor/ does not hold the runtime: docs/deployment.md has the command")
     vae, _ = models.load_model(models.RELEASED, TinyVAE32)
     sheet = np.asarray(Image.open(HERE / "web" / "examples.png").convert("RGB"))
     examples = torch.from_numpy(sheet.copy()).permute(2, 0, 1).unfold(2, 32, 32).permute(2, 0, 1, 3)
