@@ -19,7 +19,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.nn.functional import all_reduce
 
 from runtime import InputError
 
@@ -122,7 +121,7 @@ def copy_from_first(module):
 def average(tensors):
     """Replace each tensor by its mean over all processes, in one exchange."""
     if world_size() > 1:
-        mean = nn.utils.parameters_to_vector(tensors)
+        mean = torch.cat([tensor.flatten() for tensor in tensors])
         dist.all_reduce(mean)
         mean /= world_size()
         for tensor, part in zip(tensors, mean.split([tensor.numel() for tensor in tensors])):
@@ -143,6 +142,20 @@ def share_batch_norm(model):
                 layers[i].load_state_dict(layer.state_dict())
 
 
+class SumOverProcesses(torch.autograd.Function):
+    """A sum, and that of its gradients: the loss of every process depends on it."""
+
+    @staticmethod
+    def forward(ctx, tensor):
+        total = tensor.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return SumOverProcesses.forward(ctx, gradient)
+
+
 class CPUSyncBatchNorm(nn.BatchNorm2d):
     """nn.SyncBatchNorm for CPUs, which it refuses."""
 
@@ -155,7 +168,7 @@ class CPUSyncBatchNorm(nn.BatchNorm2d):
         own = torch.stack([mean, deviation.square().mean((0, 2, 3))])
         table = own.new_zeros(world_size(), *own.shape)
         table[rank()] = own
-        table = all_reduce(table)  # and so is its gradient
+        table = SumOverProcesses.apply(table)
         means, variances = table.unbind(1)
         mean = means.mean(0)
         variance = (variances + (means - mean).square()).mean(0)

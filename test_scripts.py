@@ -19,6 +19,7 @@ import bench_training
 import comparison
 import data
 import distill_tinyvae
+import metrics
 import models
 import optimizer
 import prune_tinyvae
@@ -29,6 +30,21 @@ from runtime import InputError
 from settings import parse_settings
 from testing import folders, needs_cuda, random_images
 from tiny_vae_32 import TinyVAE32
+
+FITTED = {}  # PCA of the same few images, which takes seconds
+
+
+@pytest.fixture(autouse=True)
+def pca_is_fitted_once(monkeypatch):
+    def fit(images, components):
+        key = images.numpy().tobytes(), components
+        if key not in FITTED:
+            FITTED[key] = metrics.fit_pca(images, components)
+        return FITTED[key]
+
+    for script in (ablate_distillation, test_trained_model):
+        monkeypatch.setattr(script, "fit_pca", fit)
+
 
 # --- The evaluation script ---
 
