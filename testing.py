@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+import distill_tinyvae
 import storage
 
 HERE = Path(__file__).resolve().parent
@@ -63,6 +64,17 @@ def start(*flags, **options):
         text=True,
         **options,
     )
+
+
+def train(run, *flags):
+    """A tiny run in this process. Returns the rows of metrics.csv."""
+    distill_tinyvae.main([*TINY, *folders(run), *flags])
+    return read_table(run)
+
+
+def teacher_of(run):
+    """The flags that take a finished run's teacher."""
+    return ("--teacher", str(run / "checkpoints" / "teacher_vae.pth"))
 
 
 def start_two(script, *flags):
