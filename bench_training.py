@@ -5,7 +5,7 @@
 
 The straightforward loop is a DataLoader with workers over a torchvision-style dataset with
 ToTensor, eager fp32 (TF32 convolutions on GPUs that have them, as PyTorch has it by default), Adam,
-OneCycleLR; the teacher and VGG16 are asked about every image in every step, and the loss is read in
+OneCycleLR; the teacher and VGG16 see every image in every step, and the loss is read in
 every step. Ours is distill_tinyvae.py itself, run as a program: `ms_per_step` of its metrics.csv in
 the second epoch of each stage. In between, each of our changes is made to the straightforward
 loop alone, and taken away from all of them together. One of them is less work, not faster work:
@@ -100,7 +100,7 @@ COLUMNS = ("stage", "variant", "ms_per_step", "spread_ms", "ratio", "precision",
 
 # What we do that the straightforward loop does not.
 RESIDENT = "images on the device"
-ASKED_ONCE = "teacher asked once"
+KEPT_OUTPUTS = "teacher's outputs kept"
 FEW_IMAGES = "VGG16 sees a few"
 CHANNELS_LAST = "channels last"
 FUSED = "fused Adam"
@@ -111,7 +111,7 @@ GRAPH = "CUDA graph"
 
 def tricks_of(device, precision):
     """Our changes that can matter on this device."""
-    tricks = [RESIDENT, ASKED_ONCE, FEW_IMAGES, CHANNELS_LAST, FUSED]
+    tricks = [RESIDENT, KEPT_OUTPUTS, FEW_IMAGES, CHANNELS_LAST, FUSED]
     tricks += [LOW_PRECISION] if precision != "fp32" else []
     return tricks + ([READ_RARELY] if device.type != "cpu" else [])
 
@@ -197,7 +197,7 @@ def straightforward(bench, stage, tricks=()):
         layers = copy.deepcopy(bench.vgg).to(memory_format=layout)
         vgg = VGGFeatures(layers, DTYPES[precision]).to(device, memory_format=layout)
         seen = (bench.settings.perceptual_images if FEW_IMAGES in tricks else 0) or None
-        if ASKED_ONCE not in tricks:
+        if KEPT_OUTPUTS not in tricks:
             teacher = copy.deepcopy(bench.teacher).to(memory_format=layout)
             teacher.check_range = False
     optimizer = torch.optim.Adam(parameters, lr=1e-3, fused=True if FUSED in tricks else None)
@@ -205,7 +205,7 @@ def straightforward(bench, stage, tricks=()):
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     batches = bench.indices() if RESIDENT in tricks else bench.batches()
 
-    def ask_teacher(images, index):
+    def teacher_outputs_of(images, index):
         if teacher is None:
             return bench.logits[index], bench.mu[index]
         with torch.no_grad():
@@ -218,7 +218,7 @@ def straightforward(bench, stage, tricks=()):
         return reconstruction_loss(torch.sigmoid(logits), images) + 0.01 * kl_loss(mu, logvar)
 
     def student_loss(images, index):
-        teacher_logits, teacher_mu = ask_teacher(images, index)
+        teacher_logits, teacher_mu = teacher_outputs_of(images, index)
         mu, logvar = model.encode(images)
         z = model.reparameterize(mu, logvar)
         logits, of_mean = model.decode_logits(torch.cat([z, mu])).chunk(2)

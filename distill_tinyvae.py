@@ -183,7 +183,7 @@ def distil_student(run, teacher, teacher_rows, vgg, student):
         student: to start from, or None for random weights.
     """
     s = run.settings
-    asked = teacher_outputs(teacher, run, s.teacher_outputs) if runs.needs_teacher(s) else None
+    targets = teacher_outputs(teacher, run, s.teacher_outputs) if runs.needs_teacher(s) else None
     student_mu = None
     if student is not None:
         student.to(run.device, memory_format=torch.channels_last)
@@ -193,10 +193,10 @@ def distil_student(run, teacher, teacher_rows, vgg, student):
         student = TinyVAE32(s.latent_dim, s.encoder_channels, s.decoder_channels)
         student.to(run.device, memory_format=torch.channels_last)
     projection = val_mu = None
-    if asked:
-        projection = make_projection(s.projection, asked.mu, student.latent_dim, student_mu)
+    if targets:
+        projection = make_projection(s.projection, targets.mu, student.latent_dim, student_mu)
         projection.to(run.device)
-        val_mu = asked.val_mu if s.latent_weight else None
+        val_mu = targets.val_mu if s.latent_weight else None
     if vgg:
         vgg = VGGFeatures(vgg, DTYPES[run.precision]).to(run.device)
     seen = s.perceptual_images // world_size() or None  # of this process's part of a batch
@@ -220,7 +220,7 @@ def distil_student(run, teacher, teacher_rows, vgg, student):
                 and reconstruction_loss(torch.sigmoid(logits), images),
                 "kl": s.kl_weight and kl_loss(mu, logvar),
                 "latent": s.latent_weight
-                and latent_distillation_loss(mu, projection(asked.mu[index]), s.latent_variance),
+                and latent_distillation_loss(mu, projection(targets.mu[index]), s.latent_variance),
                 "output": s.output_weight
                 and output_distillation_loss(of_mean[0], target(images, index), s.temperature),
                 "perceptual": s.perceptual_weight
@@ -243,7 +243,7 @@ def distil_student(run, teacher, teacher_rows, vgg, student):
     def target(images, index):
         if s.output_target == "image":
             return images.clamp(0.02, 0.98).logit()  # black and white have no logit
-        return asked.logits[index]
+        return targets.logits[index]
 
     def fade():
         """The latent term helps at the start; held to it to the end, a student stays behind."""

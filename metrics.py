@@ -171,7 +171,7 @@ def linear_cka(codes, others):
 
 
 def nearest_neighbour_accuracy(codes, labels, test_codes, test_labels, neighbours=5):
-    """Share of test images whose class is the commonest of their nearest training codes'.
+    """Fraction of test images whose class is the commonest of their nearest training codes'.
 
     Euclidean distance; a tie goes to the class whose nearest member is nearest.
     """
@@ -328,7 +328,7 @@ def gaussian_bound(variances, components, distortions):
 
 
 def synchronize(device):
-    """Wait until the device has done what it was asked to; a CPU always has."""
+    """Wait until the device has finished its work; a CPU always has."""
     if device.type in ("cuda", "mps"):
         getattr(torch, device.type).synchronize()
 
