@@ -5,7 +5,7 @@
     python ablate_distillation.py --vgg PATH --judge PATH --split test     # the final figures
 
 Every variant is trained by distill_tinyvae.py, on the same images in the same order for the same
-steps, with one or two flags changed. `scratch` has no teacher and no VGG16: reconstruction and KL
+steps, with a few flags changed. `scratch` has no teacher and no VGG16: reconstruction and KL
 alone. Its KL weight is searched until its rate (total KL on the validation split) is within 1.5% of
 the full distillation's, since a lower error at a higher rate proves nothing.
 
@@ -25,9 +25,6 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
-import data
-import metrics
-import vgg
 from comparison import Comparison
 from metrics import (
     evaluate_code,
@@ -48,7 +45,7 @@ from tiny_vae_32 import TinyVAE32
 HERE = Path(__file__).resolve().parent
 
 # --- What is compared ---
-DATA = None  # cifar10, dead-leaves, or a folder; None: what the teacher was trained on
+DATA = None  # as in distill_tinyvae.py; None: what the teacher was trained on
 LIMIT = 0  # train on the first N images; 0 uses all
 TEACHER = "teacher_vae.pth"  # a file in the checkpoint folder, or a path
 VGG = "imagenet"  # VGG16 of the perceptual term: imagenet, random, none, or a state dict's path
@@ -82,6 +79,8 @@ KINDS = {
 
 # The search for the KL weight at which scratch has the full distillation's rate.
 FIRST_KL_WEIGHT, SEARCHES = 0.3, 5
+
+MEASURED_BY = [HERE / f"{name}.py" for name in ("metrics", "losses", "vae", "vgg", "data")]
 
 COLOURS = [f"C{i}" for i in range(10) if i != 7] + ["k"]  # matplotlib's, without the grey
 
@@ -148,11 +147,13 @@ def measured(comparison, folder):
     """The figures of the student in a folder; those of measured.json where nothing that they depend
     on has changed, the code that measures included."""
     vae, _ = load_model(folder / "tinyvae_last.pth", TinyVAE32)
-    code = b"".join(Path(module.__file__).read_bytes() for module in (metrics, vgg, data))
+    code = b"".join(path.read_bytes() for path in MEASURED_BY)
+    held_out = comparison.held_out.images.cpu().numpy().tobytes()
     depends_on = {
         "student": fingerprint(vae),
         "teacher": comparison.teacher_sha256,
-        "pixels": comparison.record["pixels_sha256"],
+        "training_pixels": comparison.record["pixels_sha256"],
+        "held_out_pixels": hashlib.sha256(held_out).hexdigest()[:16],
         "split": comparison.settings.split,
         "judge": comparison.judge_record["vgg_sha256"],
         "judged": len(comparison.judged) if comparison.judge else 0,

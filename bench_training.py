@@ -93,6 +93,11 @@ KINDS = {
     "OUTPUT_DIR": file_path(),
 }
 
+# The loss that is timed: the default weights of distill_tinyvae.py, with its two scales.
+TEACHER_KL_WEIGHT, LATENT_VARIANCE, TEMPERATURE = 0.01, 0.1, 3.0
+WEIGHTS = {"reconstruction": 0.3, "kl": 0.1, "latent": 0.3, "output": 0.2, "perceptual": 0.1}
+SCALES = {"kl": 0.5, "perceptual": 8.0}
+
 BATCHES = (1, 64, 1024)  # images at once in inference
 RECIPE_EPOCHS = {"teacher": 20, "student": 100}  # of the default recipe, whose time is scaled up
 CIFAR10_IMAGES = 45_000  # that a run on CIFAR-10 trains on
@@ -215,20 +220,24 @@ def straightforward(bench, stage, tricks=()):
     def teacher_loss(images):
         mu, logvar = model.encode(images)
         logits = model.decode_logits(model.reparameterize(mu, logvar))
-        return reconstruction_loss(torch.sigmoid(logits), images) + 0.01 * kl_loss(mu, logvar)
+        kl = kl_loss(mu, logvar)
+        return reconstruction_loss(torch.sigmoid(logits), images) + TEACHER_KL_WEIGHT * kl
 
     def student_loss(images, index):
         teacher_logits, teacher_mu = teacher_outputs_of(images, index)
         mu, logvar = model.encode(images)
         z = model.reparameterize(mu, logvar)
         logits, of_mean = model.decode_logits(torch.cat([z, mu])).chunk(2)
-        return (
-            0.3 * reconstruction_loss(torch.sigmoid(logits), images)
-            + 0.05 * kl_loss(mu, logvar)
-            + 0.3 * latent_distillation_loss(mu, projection(teacher_mu.float()), 0.1)
-            + 0.2 * output_distillation_loss(of_mean, teacher_logits, 3.0)
-            + 0.8 * perceptual_loss(vgg, torch.sigmoid(of_mean[:seen]), images[:seen])
-        )
+        terms = {
+            "reconstruction": reconstruction_loss(torch.sigmoid(logits), images),
+            "kl": kl_loss(mu, logvar),
+            "latent": latent_distillation_loss(
+                mu, projection(teacher_mu.float()), LATENT_VARIANCE
+            ),
+            "output": output_distillation_loss(of_mean, teacher_logits, TEMPERATURE),
+            "perceptual": perceptual_loss(vgg, torch.sigmoid(of_mean[:seen]), images[:seen]),
+        }
+        return sum(WEIGHTS[name] * SCALES.get(name, 1) * term for name, term in terms.items())
 
     def step():
         # TF32 as PyTorch has it by default; our fp32 goes without.
@@ -281,7 +290,13 @@ def make_variants(bench):
 def time_ours(bench, graph=True):
     """Seconds per step of a run of distill_tinyvae.py: (stage, name) → seconds."""
     settings = bench.settings
-    flags = {
+    flags = {  # what decides the work of a step, whatever is edited in distill_tinyvae.py
+        "teacher": None,
+        "teacher_latent_dim": bench.teacher.architecture["latent_dim"],
+        "teacher_channels": bench.teacher.architecture["channels"],
+        **{f"{term}_weight": weight for term, weight in WEIGHTS.items()},
+        "output_target": "teacher",
+        "projection": "orthonormal",
         "data": settings.data,
         "limit": settings.limit,
         "vgg": settings.vgg,

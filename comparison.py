@@ -41,15 +41,17 @@ def run_distillation(label, folder, settings):
     Args:
         label: the student in a few words.
         folder: for its checkpoints, metrics.csv, pictures, and log.txt with what the run prints.
-        settings: name → value, those that differ from the constants of the script.
+        settings: name → value, those that differ from the constants of the script. START, DEMO and
+            OVERWRITE are of a single run: edited in the script, they do not count here.
 
     Returns the content of its tinyvae_last.pth. Raises InputError if the run fails; the script's
     own words are on the terminal by then.
     """
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / "log.txt"
+    fixed = {"start": None, "demo": False, "overwrite": False}
     folders = {"checkpoint_dir": folder, "output_dir": folder, "resume": True}
-    command = [sys.executable, SCRIPT, *as_flags(settings | folders)]
+    command = [sys.executable, SCRIPT, *as_flags(fixed | settings | folders)]
     print(f"\n{label}: {folder}", flush=True)
     with log.open("a") as file:
         done = subprocess.run(command, stdout=file)

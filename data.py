@@ -74,7 +74,7 @@ def load_training_images(source, limit=0):
     """The training images of a source, a tenth of them held out for validation.
 
     Args:
-        source: `cifar10`, `dead-leaves`, or the path of a folder.
+        source: `cifar10`, `photo-crops`, `dead-leaves`, or the path of a folder.
         limit: train on the first N images only (and hold out at most N); 0 takes all. Of the
             sources that are made here, one image is held out for nine to train on.
 
@@ -274,7 +274,13 @@ def photo_crops(count, split):
     transforms = torchvision.transforms.functional
     photographs = []
     for package, file in PHOTOGRAPHS:
-        path = Path(importlib.util.find_spec(package).origin).parent / file
+        found = importlib.util.find_spec(package)
+        if found is None:
+            raise InputError(
+                f"photo-crops are cut from images of {package}, which is not installed: pip "
+                "install -r requirements.txt"
+            )
+        path = Path(found.origin).parent / file
         photograph = transforms.pil_to_tensor(read_image(torchvision, path))
         left, right = (round(edge * photograph.shape[2]) for edge in STRIPS[split])
         photographs.append(photograph[:, :, left:right])

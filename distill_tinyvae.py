@@ -22,6 +22,7 @@ import runs
 from distributed import processes, rank, world_size
 from losses import (
     PROJECTIONS,
+    TERMS,
     kl_loss,
     latent_distillation_loss,
     make_projection,
@@ -45,7 +46,7 @@ DATA = "cifar10"  # cifar10, photo-crops, dead-leaves (data.py), or a folder wit
 LIMIT = 0  # use the first N training images; 0 uses all
 
 # --- Teacher ---
-TEACHER = None  # a trained teacher's checkpoint; None: train one, stage 1
+TEACHER = None  # a trained teacher's checkpoint, which also sets these; None: train one, stage 1
 TEACHER_LATENT_DIM = 512  # numbers in its code
 TEACHER_CHANNELS = (64, 128, 256, 512)  # out of its four encoder stages; the decoder mirrors them
 TEACHER_EPOCHS = 20  # epochs of stage 1
@@ -63,7 +64,7 @@ RECONSTRUCTION_WEIGHT = 0.3  # squared error of pixels in [0, 1], of a sample
 KL_WEIGHT = 0.1  # nats per image dimension
 KL_SCALE = 0.5  # times KL_WEIGHT: at 1 the student ends at 58 nats instead of 82
 LATENT_WEIGHT = 0.3  # squared distance of mu to the teacher's projected mu, in nats
-LATENT_VARIANCE = 0.1  # of the two Gaussians compared: that of the student's posterior, about
+LATENT_VARIANCE = 0.1  # of the Gaussians compared: about that of the student's posterior
 LATENT_FADE = 0.3  # fraction of the steps over which the latent term fades; 0: it does not
 LATENT_FLOOR = 0.1  # fraction of the latent term that remains when it has faded
 OUTPUT_WEIGHT = 0.2  # divergence from the teacher's softened pixels, of the mean
@@ -183,7 +184,7 @@ def distil_student(run, teacher, teacher_rows, vgg, student):
         student: to start from, or None for random weights.
     """
     s = run.settings
-    targets = teacher_outputs(teacher, run, s.teacher_outputs) if runs.needs_teacher(s) else None
+    targets = teacher_outputs(teacher, run, s.teacher_outputs) if run.needs_teacher else None
     student_mu = None
     if student is not None:
         student.to(run.device, memory_format=torch.channels_last)
@@ -246,7 +247,7 @@ def distil_student(run, teacher, teacher_rows, vgg, student):
         return targets.logits[index]
 
     def fade():
-        """The latent term helps at the start; held to it to the end, a student stays behind."""
+        """The latent term helps at the start; at full weight to the end, the error is higher."""
         if not s.latent_fade:
             return 1.0
         return (1 - stage.progress / s.latent_fade).clamp_min(s.latent_floor)
@@ -270,7 +271,7 @@ def distil(settings, device):
     s = settings
     if s.vgg == "none" or s.perceptual_weight == 0:
         s.vgg, s.perceptual_weight = "none", 0.0
-    if not any(getattr(s, f"{term}_weight") for term in runs.TERMS):
+    if not any(getattr(s, f"{term}_weight") for term in TERMS):
         raise InputError("all five weights are zero: there is nothing to train on")
     if s.batch_size % world_size() or s.perceptual_images % world_size():
         raise InputError(
@@ -281,7 +282,7 @@ def distil(settings, device):
     report.print_summary(run)
     start = time.perf_counter()
     teacher, rows = runs.load_teacher(run)
-    if teacher is None and runs.needs_teacher(s):
+    if teacher is None and run.needs_teacher:
         teacher, rows = train_teacher(run)
         runs.finish_teacher(run, teacher, rows)
     if teacher:

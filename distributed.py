@@ -61,6 +61,7 @@ def processes(device):
         timeout=timedelta(hours=2),  # the others wait while the first one downloads and decodes
         device_id=torch.device("cuda", torch.cuda.current_device()) if is_cuda else None,
     )
+    is_done = False
     try:
         with contextlib.ExitStack() as stack:
             if rank():
@@ -68,6 +69,7 @@ def processes(device):
                 stack.enter_context(contextlib.redirect_stdout(nowhere))
                 stack.enter_context(contextlib.redirect_stderr(nowhere))
             yield
+        is_done = True
     except RuntimeError as error:  # Gloo has no error class of its own
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
@@ -76,7 +78,10 @@ def processes(device):
             "finished epoch is saved, and the same command with --resume continues"
         ) from error
     finally:
-        dist.destroy_process_group()
+        # After an error NCCL could wait here for processes that wait for this one; torchrun ends
+        # them when this one has ended.
+        if is_done or not is_cuda:
+            dist.destroy_process_group()
 
 
 @contextlib.contextmanager

@@ -60,7 +60,7 @@ EXECUTORCH = False  # .pte programs for phones (XNNPACK) too, of fp32 and, with 
 WEB = False  # put the student and example images into web/ as well
 
 # --- Images: INT8 is calibrated on the training split, everything is measured on the test split ---
-DATA = None  # cifar10, dead-leaves, or a folder; None: what the student was trained on
+DATA = None  # as in distill_tinyvae.py; None: what the student was trained on
 LIMIT = 0  # use the first N training images; 0: as many as the student saw, or all of DATA
 CALIBRATION_IMAGES = 512  # training images that INT8's ranges are taken from
 PERCENTILE = 99.99  # of activations that INT8's ranges cover: a few large ones cost all others

@@ -15,7 +15,7 @@ from torch import nn
 
 from vae import PIXEL_VALUES
 
-TERMS = ("reconstruction", "kl", "latent", "output", "perceptual")
+TERMS = ("reconstruction", "kl", "latent", "output", "perceptual")  # as settings and columns say
 
 
 # --- The terms every VAE has ---
@@ -62,7 +62,7 @@ class LatentProjection(nn.Module):
     Args:
         teacher_mu: the teacher's mu of the training images, N×512. Sets m and W.
         latent_dim: the student's latents.
-        components: how many principal components Q chooses from.
+        components: how many principal components Q chooses from; at least latent_dim are taken.
 
     Raises ValueError if the teacher has fewer latents than the student.
     """
@@ -74,7 +74,7 @@ class LatentProjection(nn.Module):
             raise ValueError(
                 f"the teacher has {teacher_dim} latents, fewer than the student's {latent_dim}"
             )
-        components = min(components, teacher_dim)
+        components = min(max(components, latent_dim), teacher_dim)
         codes = teacher_mu.detach().cpu().double()
         mean = codes.mean(0)
         centred = codes - mean

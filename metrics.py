@@ -217,7 +217,7 @@ def linear_probe_accuracy(codes, labels, test_codes, test_labels):
 
 
 def vgg_distances(vgg, images, others):
-    """Distance of each pair of images in [0, 1], N numbers: 0 for equal images, at most 4.
+    """Distance of each pair of images in [0, 1], N numbers: 0 for equal images, at most 2.
 
     The squared distance of unit features, summed over channels; mean over positions and the three
     layers. This is LPIPS without its learned weights (Zhang et al. 2018, arXiv:1801.03924). The
@@ -261,7 +261,8 @@ def interpolation_unevenness(vae, images, judge, steps=8):
         decoded = vae.decode(points.flatten(0, 1)).unflatten(0, points.shape[:2])
         lengths = vgg_distances(judge, decoded[1:].flatten(0, 1), decoded[:-1].flatten(0, 1))
         lengths = lengths.unflatten(0, (steps, -1)).sqrt()
-        found.append(lengths.std(0) / lengths.mean(0))
+        # Two images that are the same are joined by a line without length.
+        found.append(lengths.std(0) / lengths.mean(0).clamp_min(1e-12))
     return torch.cat(found).mean().item()
 
 

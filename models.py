@@ -1,4 +1,4 @@
-"""From a checkpoint to the model it describes and the images it knows, and how large a model is."""
+"""From a checkpoint to its model and the images it was trained on; how large a model is."""
 
 import io
 from pathlib import Path
@@ -49,8 +49,8 @@ def find_checkpoint(path, folder):
 
 
 def find_student(path, folder):
-    """The path of a student: the one asked for; or, for None, the best one in the folder; or, where
-    no run has left one in checkpoints/, the released one. Prints which."""
+    """The path of a student: the one that is named; for None, the best one in the folder; where no
+    run has left one in checkpoints/, the released one. Prints which."""
     if path is not None:
         found = find_checkpoint(path, folder)
     elif not (folder / BEST_STUDENT).exists() and folder.resolve() == RELEASED.parent:

@@ -41,7 +41,7 @@ RATIOS = (0.4, 0.6, 0.8)  # fractions of the parameters to remove, one student f
 FRESH = True  # beside each, a student of its size from random weights
 
 # --- Distillation, with the weights and the batch size at the top of distill_tinyvae.py ---
-DATA = None  # cifar10, dead-leaves, or a folder; None: what the teacher was trained on
+DATA = None  # as in distill_tinyvae.py; None: what the teacher was trained on
 LIMIT = 0  # train on the first N images; 0 uses all
 TEACHER = "teacher_vae.pth"  # a file in the checkpoint folder, or a path
 VGG = "imagenet"  # VGG16 of the perceptual term: imagenet, random, none, or a state dict's path

@@ -3,6 +3,7 @@
 import torch
 from matplotlib.figure import Figure
 
+from losses import TERMS
 from metrics import evaluate_vae
 from models import count_parameters
 from pictures import draw_interpolations, draw_reconstructions, save_figure
@@ -14,16 +15,18 @@ PICTURES = ("training_curves.png", "reconstruction_test.png", "interpolation_tes
 def print_summary(run):
     """The settings in force, before any work."""
     s, record = run.settings, run.record
-    terms = ("reconstruction", "kl", "latent", "output", "perceptual")
-    weights = ", ".join(f"{term} {getattr(s, f'{term}_weight'):g}" for term in terms)
+    weights = ", ".join(f"{term} {getattr(s, f'{term}_weight'):g}" for term in TERMS)
     beta, processes = record["effective_beta"], record["processes"]
+    teacher = "none: no term needs one"
+    if s.teacher:
+        teacher = f"StandardVAE, {s.teacher}"
+    elif run.needs_teacher:
+        teacher = f"StandardVAE, {s.teacher_epochs} epochs, beta {s.teacher_kl_weight:g}"
     print(
         f"images       {record['data']}: {record['train_images']:,} to train on, "
         f"{record['val_images']:,} held out\n"
-        "teacher      StandardVAE, "
-        + (f"{s.teacher}" if s.teacher else
-           f"{s.teacher_epochs} epochs, beta {s.teacher_kl_weight:g}")
-        + f"\nstudent      TinyVAE32, {s.epochs} epochs, from {s.start or 'random weights'}\n"
+        f"teacher      {teacher}\n"
+        f"student      TinyVAE32, {s.epochs} epochs, from {s.start or 'random weights'}\n"
         f"loss         {weights}; T = {s.temperature:g}\n"
         f"             KL × {s.kl_scale:g}, perceptual × {s.perceptual_scale:g}; effective beta "
         f"{'none' if beta is None else f'{beta:.3g}'} (KL against the reconstruction term alone)\n"
@@ -72,7 +75,7 @@ def draw_curves(path, rows, title):
 
         plot(axes[0], "loss", color=colour, label=stage)
         if stage == "student":
-            for term in ("reconstruction", "kl", "latent", "output", "perceptual"):
+            for term in TERMS:
                 plot(axes[1], f"{term}_weighted", label=term)
         best = min(row["val_mse"] for row in stage_rows)
         plot(axes[2], "val_mse", color=colour, label=f"{stage}, best {best:.4f}")

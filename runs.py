@@ -8,6 +8,7 @@ import torch
 
 from data import load_training_images
 from distributed import first_process_first, rank, wait_for_all, world_size
+from losses import TERMS
 from models import load_model
 from report import PICTURES, draw
 from runtime import InputError, describe_device, pick_precision, versions
@@ -31,7 +32,6 @@ RUN_FILES = (
 # What --overwrite removes as well, with what test_trained_model.py has drawn of the old student.
 DRAWN = (*PICTURES, "evaluation.json", "samples.png", "traversal.png")
 
-TERMS = ("reconstruction", "kl", "latent", "output", "perceptual")
 COLUMNS = (  # of metrics.csv; kl is in nats / 3072, *_weighted are the parts of the loss
     "stage", "epoch", "loss", *TERMS, *(f"{term}_weighted" for term in TERMS), "val_mse",
     "val_psnr", "kl_nats", "kl_per_latent", "active_dims", "projected_std", "learning_rate",
@@ -75,6 +75,12 @@ class Run:
     val_images: torch.Tensor   # held out, likewise
     record: dict               # settings, data, weights, device: goes into each file
 
+    @property
+    def needs_teacher(self):
+        """Whether any term of the student's loss needs the teacher."""
+        s = self.settings
+        return s.latent_weight > 0 or (s.output_weight > 0 and s.output_target == "teacher")
+
     def checkpoint(self, name):
         return self.settings.checkpoint_dir / name
 
@@ -102,6 +108,11 @@ def begin(settings, device):
         s.teacher_latent_dim = teacher.architecture["latent_dim"]
         s.teacher_channels = teacher.architecture["channels"]
     if s.start:
+        if s.start.resolve() in find_files(s, RUN_FILES):
+            raise InputError(
+                f"{s.start} is one of the files that this run writes: copy it elsewhere, or name "
+                "another --checkpoint-dir and --output-dir"
+            )
         student, _ = load_model(s.start, TinyVAE32)
         for name in ("latent_dim", "encoder_channels", "decoder_channels"):
             setattr(s, name, student.architecture[name])
@@ -121,12 +132,6 @@ def begin(settings, device):
     with torch.device("meta"):  # for its description alone
         shape = TinyVAE32(s.latent_dim, s.encoder_channels, s.decoder_channels).architecture
         teacher_shape = StandardVAE(s.teacher_latent_dim, s.teacher_channels).architecture
-    if needs_teacher(s) and s.teacher_latent_dim < s.latent_dim:
-        raise InputError(
-            f"the teacher has {s.teacher_latent_dim} latents, fewer than the student's "
-            f"{s.latent_dim}, which learn from them: lower --latent-dim or raise "
-            "--teacher-latent-dim"
-        )
     beta = s.kl_weight * s.kl_scale / s.reconstruction_weight if s.reconstruction_weight else None
     record = in_force | images.record | vgg_record | teacher_record | {
         "architecture": shape,
@@ -140,6 +145,12 @@ def begin(settings, device):
         "versions": versions(),
     }
     run = Run(s, device, precision, images.train.to(device), images.val.to(device), record)
+    if run.needs_teacher and s.teacher_latent_dim < s.latent_dim:
+        raise InputError(
+            f"the teacher has {s.teacher_latent_dim} latents, fewer than the student's "
+            f"{s.latent_dim}, which learn from them: lower --latent-dim, or take a teacher with "
+            "more latents"
+        )
     if not rank():
         check_writable(s.checkpoint_dir)
         check_writable(s.output_dir)
@@ -153,12 +164,6 @@ def begin(settings, device):
     return run, vgg, student
 
 
-def needs_teacher(settings):
-    """Whether any term of the student's loss needs the teacher."""
-    s = settings
-    return s.latent_weight > 0 or (s.output_weight > 0 and s.output_target == "teacher")
-
-
 # --- Is it the same run? ---
 
 
@@ -166,12 +171,17 @@ def check_earlier_run(run):
     """Raise InputError if what is to be continued was made by another recipe."""
     settings = [name for name in vars(run.settings) if name not in NOT_COMPARED]
     recipes = dict.fromkeys((TEACHER_STATE, STUDENT_STATE), (*settings, *COMPARED))
-    if not run.settings.teacher:
+    if trains_teacher(run):
         recipes[TEACHER] = TEACHER_RECIPE
     for name, recipe in recipes.items():
         path = run.checkpoint(name)
         if path.exists():
             check_recipe(load_checkpoint(path), path, run.record, recipe)
+
+
+def trains_teacher(run):
+    """Whether stage 1 makes the teacher, now or in an earlier run."""
+    return run.needs_teacher and not run.settings.teacher
 
 
 def check_recipe(checkpoint, path, record, names):
@@ -222,11 +232,13 @@ def resume(stage, name):
 
 
 def load_teacher(run):
-    """The teacher of --teacher, or of the checkpoint folder, and its rows; None and no rows where
-    there is none. Prints which."""
+    """The teacher of --teacher, or that of the checkpoint folder if one is needed, and its rows;
+    None and no rows where there is none. Prints which."""
     path = run.settings.teacher or run.checkpoint(TEACHER)
-    if not path.exists():
+    if not run.settings.teacher and not (run.needs_teacher and path.exists()):
         return None, []
+    if not run.settings.teacher and not rank():  # left by a run that died as stage 1 ended
+        run.checkpoint(TEACHER_STATE).unlink(missing_ok=True)
     teacher, checkpoint = load_model(path, StandardVAE)
     record, rows = checkpoint.get("record", {}), checkpoint.get("rows", [])
     details = [f"validation MSE {rows[-1]['val_mse']:.5f}"] if rows else []
@@ -314,13 +326,13 @@ def remove_earlier_run(run):
     for path in find_files(run.settings, RUN_FILES + DRAWN):
         path.unlink()
     teacher = run.checkpoint(TEACHER)
-    if not teacher.exists():
+    if not (trains_teacher(run) and teacher.exists()):
         return
     try:
         check_recipe(load_checkpoint(teacher), teacher, run.record, TEACHER_RECIPE)
         is_another = False
     except InputError:
         is_another = True
-    if is_another or run.settings.demo:  # the demo is to show the whole job
+    if is_another or run.settings.demo:  # the demo shows both stages
         teacher.unlink()
         print(f"{teacher} removed: a new teacher is trained.")

@@ -24,7 +24,7 @@ def run_script(main):
     except InputError as error:
         sys.exit(f"error: {error}")
     except torch.OutOfMemoryError as error:
-        sys.exit(f"error: out of device memory: lower --batch-size or use --device cpu ({error})")
+        sys.exit(f"error: out of device memory: use a smaller batch, or the CPU ({error})")
     except KeyboardInterrupt:
         print("\nInterrupted.", file=sys.stderr)
         sys.exit(130)
@@ -83,7 +83,7 @@ def cpu_has_bf16():
 
 
 def cpuinfo():
-    """What Linux says of the CPU; nothing elsewhere."""
+    """The content of /proc/cpuinfo; nothing where there is none."""
     path = Path("/proc/cpuinfo")
     return path.read_text() if path.exists() else ""
 

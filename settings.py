@@ -30,7 +30,7 @@ class Kind:
 
     Args:
         read: a value (of a constant, or the word after a flag) → the setting. Raises ValueError,
-            TypeError or OverflowError for what makes no sense.
+            TypeError, OverflowError or RuntimeError for what makes no sense.
         means: what it must be, in words: "a whole number of at least 1".
         none: what None stands for; by default None is refused.
     """
@@ -45,7 +45,7 @@ class Kind:
             return self.none
         try:
             return self.read(value)
-        except (ValueError, TypeError, OverflowError):
+        except (ValueError, TypeError, OverflowError, RuntimeError):
             raise ValueError(f"must be {self.means}, got {value!r}") from None
 
     def from_flag(self, word):
@@ -108,25 +108,25 @@ def one_of(*choices):
 
 
 def text(none=REFUSED):
-    """A string or a path that is not empty, as a string."""
+    """A string or a path that is not empty, as a string; ~ becomes the home folder."""
 
     def read(value):
         found = os.fspath(value)
         must(isinstance(found, str) and found)
-        return found
+        return str(Path(found).expanduser()) if found.startswith("~") else found
 
-    return Kind(read, "a text that is not empty", none)
+    return Kind(read, "a non-empty string", none)
 
 
 def file_path(none=REFUSED):
     def read(value):
-        return Path(text().read(value)).expanduser()
+        return Path(text().read(value))
 
     return Kind(read, "a path", none)
 
 
 def several(kind, count=None, none=REFUSED):
-    """Values of one kind: a tuple or list of them, or a text with commas between."""
+    """Values of one kind: a tuple or list of them, or a string with commas between."""
 
     def read(values):
         if isinstance(values, str):
@@ -181,27 +181,32 @@ def parse_settings(script, argv=None, preset=None):
     constants = {}
     for name, kind in kinds.items():
         if name not in script:
-            raise InputError(f"{name} is missing in {file.name}: it {kind_in_words(kind)}")
+            raise InputError(f"{name} is missing in {file.name}: it must be {kind.means}")
         try:
             constants[name.lower()] = kind.check(script[name])
         except ValueError as error:
             raise InputError(f"{name} in {file.name} {error}") from None
-    is_demo = flags.get("demo", constants.get("demo"))
-    return argparse.Namespace(**constants | (preset if preset and is_demo else {}) | flags)
-
-
-def kind_in_words(kind):
-    return f"must be {kind.means}"
+    demo = {}
+    if preset and flags.get("demo", constants.get("demo")):
+        for name, value in preset.items():
+            try:
+                demo[name] = kinds[name.upper()].check(value)
+            except (KeyError, ValueError) as error:
+                raise InputError(f"{name} of the demo's settings in {file.name} {error}") from None
+    return argparse.Namespace(**constants | demo | flags)
 
 
 def help_texts(file):
     """NAME → (section, comment) for the constants of a file; nothing if it cannot be read."""
     try:
-        source = file.read_text(encoding="utf-8")
-    except OSError:
+        with tokenize.open(file) as opened:  # in the encoding that Python reads it in
+            source = opened.read()
+        tree = ast.parse(source)
+        tokens = list(tokenize.generate_tokens(io.StringIO(source).readline))
+    except (OSError, SyntaxError, UnicodeError, tokenize.TokenError):
         return {}
     comments, whole_lines = {}, set()
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+    for token in tokens:
         if token.type == tokenize.COMMENT:
             comments[token.start[0]] = token.string.lstrip("#").strip()
             if token.line.lstrip().startswith("#"):
@@ -209,14 +214,16 @@ def help_texts(file):
     headings = {row: found[1] for row, comment in comments.items()
                 if (found := re.fullmatch(r"--- (.+) ---", comment))}
     found = {}
-    for node in ast.parse(source).body:
+    for node in tree.body:
         if not isinstance(node, (ast.Assign, ast.AnnAssign)):
             continue
         targets = node.targets if isinstance(node, ast.Assign) else [node.target]
         comment = comments.get(node.end_lineno, "")
-        row = node.lineno - 1
-        while not comment and row in whole_lines and row not in headings:  # a comment above
-            comment = comments[row]
+        if not comment:  # the lines of a comment above
+            first = row = node.lineno
+            while first - 1 in whole_lines and first - 1 not in headings:
+                first -= 1
+            comment = " ".join(comments[line] for line in range(first, row)).strip()
         section = headings.get(max((r for r in headings if r < node.lineno), default=0), "settings")
         found |= {target.id: (section, comment) for target in targets
                   if isinstance(target, ast.Name)}

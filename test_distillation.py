@@ -419,7 +419,7 @@ def test_a_training_step_reads_no_value_on_the_device(
 
 # --- The weighted sum ---
 
-WEIGHTS = dict(zip(runs.TERMS, (0.3, 0.1 * 0.5, 0.3 * 0.1, 0.2, 0.1 * 8)))  # in the last epoch
+WEIGHTS = dict(zip(losses.TERMS, (0.3, 0.1 * 0.5, 0.3 * 0.1, 0.2, 0.1 * 8)))  # in the last epoch
 OTHER_WEIGHTS = (
     "--reconstruction-weight", "0.7", "--kl-weight", "0.2", "--kl-scale", "0.9",
     "--latent-weight", "0.4", "--latent-fade", "0", "--output-weight", "0.6",
@@ -433,7 +433,7 @@ def assert_adds_up(row, weights):
     assert sum(parts.values()) == pytest.approx(float(row["loss"]), rel=1e-5)
     for name, weight in weights.items():
         assert parts[name] == pytest.approx(weight * float(row[name]), rel=1e-5)
-    unused = set(runs.TERMS) - set(weights)
+    unused = set(losses.TERMS) - set(weights)
     assert all(row[name] == row[f"{name}_weighted"] == "" for name in unused)
 
 
@@ -450,7 +450,7 @@ def test_the_loss_is_the_weighted_sum_of_its_terms(tiny_run, tmp_path, without_p
     assert_adds_up(first, WEIGHTS | {"latent": faded})
 
     row = train(tmp_path, *teacher_of(run), *OTHER_WEIGHTS)[-1]
-    assert_adds_up(row, dict(zip(runs.TERMS, (0.7, 0.2 * 0.9, 0.4, 0.6, 0.05 * 3))))
+    assert_adds_up(row, dict(zip(losses.TERMS, (0.7, 0.2 * 0.9, 0.4, 0.6, 0.05 * 3))))
 
 
 def test_kl_has_the_same_unit_in_both_stages(tmp_path, monkeypatch, without_pictures):
@@ -463,20 +463,20 @@ def test_kl_has_the_same_unit_in_both_stages(tmp_path, monkeypatch, without_pict
     assert float(student["kl_weighted"]) == pytest.approx(0.1 * 0.5 * 0.25)
 
 
-FUNCTIONS = dict(zip(runs.TERMS, (
+FUNCTIONS = dict(zip(losses.TERMS, (
     "reconstruction_loss", "kl_loss", "latent_distillation_loss", "output_distillation_loss",
     "perceptual_loss",
 )))
 
 
-@pytest.mark.parametrize("term", runs.TERMS)
+@pytest.mark.parametrize("term", losses.TERMS)
 def test_a_term_of_weight_zero_is_not_computed(
     term, tiny_run, tmp_path, monkeypatch, without_pictures
 ):
     run, _ = tiny_run
     monkeypatch.setattr(distill_tinyvae, FUNCTIONS[term], refuse)
     row = train(tmp_path, *teacher_of(run), f"--{term}-weight", "0", "--epochs", "1")[-1]
-    used = set(runs.TERMS) - {term}
+    used = set(losses.TERMS) - {term}
     assert row[term] == row[f"{term}_weighted"] == ""
     assert all(row[name] and row[f"{name}_weighted"] for name in used)
     parts = sum(float(row[f"{name}_weighted"]) for name in used)
@@ -746,7 +746,7 @@ def test_what_cannot_work_is_refused_before_training(tmp_path, monkeypatch):
         monkeypatch.setattr(distill_tinyvae, stage, refuse)
     with pytest.raises(InputError, match="do not fill one batch of 65"):
         train(tmp_path, "--batch-size", "65")
-    weights = [word for term in runs.TERMS for word in (f"--{term}-weight", "0")]
+    weights = [word for term in losses.TERMS for word in (f"--{term}-weight", "0")]
     with pytest.raises(InputError, match="all five weights are zero"):
         train(tmp_path, *weights)
     with pytest.raises(InputError, match=r"the teacher has 32 latents, fewer than the .* 64"):

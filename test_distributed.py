@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 import distill_tinyvae
 import distributed
-import runs
+import losses
 import training
 from runtime import InputError
 from testing import (
@@ -164,7 +164,7 @@ def test_two_processes_resume_what_one_has_begun(tiny_run, tmp_path, monkeypatch
     _, *together = read_rows(tmp_path)
     assert alone[2] == together[2]  # after two epochs of the teacher, the one done alone
     # The KL of so raw a student is a small difference of large numbers.
-    tolerances = dict.fromkeys(runs.TERMS, 1e-3) | {"kl": 1e-2, "val_mse": 1e-2}
+    tolerances = dict.fromkeys(losses.TERMS, 1e-3) | {"kl": 1e-2, "val_mse": 1e-2}
     for name, tolerance in tolerances.items():
         column = header.index(name)
         expected = float(alone[3][column])

@@ -251,6 +251,7 @@ def test_figures_are_measured_again_where_what_they_depend_on_changes(tmp_path, 
     )
     comparison_of = SimpleNamespace(
         settings=SimpleNamespace(split="val"), judge=None, teacher_sha256="t", judged=[],
+        held_out=data.Split(torch.zeros(2, 3, 32, 32, dtype=torch.uint8), None),
         record={"pixels_sha256": "p"}, judge_record={"vgg_sha256": ""}, device="cpu",
     )
     calls = []
@@ -264,10 +265,12 @@ def test_figures_are_measured_again_where_what_they_depend_on_changes(tmp_path, 
     assert [measured(), measured()] == [1, 1]
     comparison_of.settings.split = "test"
     assert [measured(), measured()] == [2, 2]
+    comparison_of.held_out.images[0] = 1
+    assert [measured(), measured()] == [3, 3]
     changed = tmp_path / "metrics.py"  # the code that measures
     changed.write_text("another definition")
-    monkeypatch.setattr(ablate_distillation.metrics, "__file__", str(changed))
-    assert [measured(), measured()] == [3, 3]
+    monkeypatch.setattr(ablate_distillation, "MEASURED_BY", [changed])
+    assert [measured(), measured()] == [4, 4]
 
 
 # --- Pruning ---

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import distill_tinyvae
-import runs
+import losses
 import runtime
 import settings
 from runtime import InputError
@@ -388,7 +388,7 @@ def test_the_recipe_is_that_of_the_design():
     found = parse("distill_tinyvae")
     assert (found.teacher_epochs, found.epochs, found.batch_size) == (20, 100, 64)
     assert (found.learning_rate, found.temperature) == (1e-3, 3.0)
-    assert [getattr(found, f"{term}_weight") for term in runs.TERMS] == [0.3, 0.1, 0.3, 0.2, 0.1]
+    assert [getattr(found, f"{term}_weight") for term in losses.TERMS] == [0.3, 0.1, 0.3, 0.2, 0.1]
     assert (found.kl_scale, found.latent_variance, found.latent_floor) == (0.5, 0.1, 0.1)
     assert (found.perceptual_scale, found.perceptual_images) == (8.0, 4)
 

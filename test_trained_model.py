@@ -1,6 +1,6 @@
 """Is this student good? Evaluate it beside its teacher and PCA, on the test split.
 
-    python test_trained_model.py             # the student in checkpoints/, on the data it knows
+    python test_trained_model.py             # the student in checkpoints/, on its own kind of data
     python test_trained_model.py --demo      # the one that distill_tinyvae.py --demo made
     python test_trained_model.py --judge PATH      # VGG distance too
     python test_trained_model.py --student checkpoints/tinyvae_epoch_050.pth --data PATH
@@ -70,7 +70,7 @@ HERE = Path(__file__).resolve().parent
 # --- What to evaluate ---
 STUDENT = None  # a file in the checkpoint folder, or a path; None: the best one there, or released
 TEACHER = None  # likewise; None: teacher_vae.pth, left out if it is not there
-DATA = None  # cifar10, dead-leaves, or a folder; None: what the student was trained on
+DATA = None  # as in distill_tinyvae.py; None: what the student was trained on
 LIMIT = 0  # fit PCA to the first N training images; 0: as many as the student saw, or all of DATA
 
 # --- Measuring ---
