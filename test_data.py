@@ -47,6 +47,12 @@ def test_photo_crops_of_two_splits_share_no_pixel(monkeypatch):
     assert red["train"].min() < 20 and red["test"].max() > 235
 
 
+def test_photo_crops_without_the_photographs_say_what_to_install(monkeypatch):
+    monkeypatch.setattr(data, "PHOTOGRAPHS", (("not_installed", "data/photograph.png"),))
+    with pytest.raises(InputError, match=r"images of not_installed, .* requirements\.txt$"):
+        data.photo_crops(1, "train")
+
+
 @pytest.mark.parametrize("source", ["photo-crops", "dead-leaves"])
 def test_a_limit_shortens_what_is_made_here(source):
     images = data.load_training_images(source, 36)

@@ -292,6 +292,13 @@ def test_projection_works_for_a_teacher_without_variance_and_not_for_one_with_fe
         losses.LatentProjection(torch.ones(10, 8), latent_dim=16)
 
 
+def test_projection_to_more_latents_than_are_usually_kept():
+    projection = losses.LatentProjection(random_normal(600, 256), latent_dim=200)
+    rows = projection.rotation.weight
+    assert rows.shape == (200, 200)
+    torch.testing.assert_close(rows @ rows.T, torch.eye(200), atol=1e-5, rtol=0)
+
+
 def test_projections_are_what_they_are_called():
     mu = random_normal(500, 160) * torch.linspace(3, 0.1, 160)
     leading = losses.make_projection("orthonormal", mu, 8)
@@ -703,6 +710,32 @@ def test_overwrite_keeps_a_teacher_of_the_same_settings(tiny_run, tmp_path, caps
     assert len(read_rows(copy)) == 1 + 1 + 1
 
 
+def test_overwrite_keeps_a_teacher_that_is_named_or_not_needed(
+    tiny_run, tmp_path, monkeypatch, without_pictures
+):
+    copy = copy_of(tiny_run[0], tmp_path)
+    monkeypatch.setattr(distill_tinyvae, "train_teacher", refuse)
+    another_seed = ("--overwrite", "--seed", "1", "--epochs", "1")
+    scratch = ("--latent-weight", "0", "--output-weight", "0")
+    for flags in (teacher_of(copy), scratch):
+        train(copy, *another_seed, *flags)
+        assert_same_weights(tiny_run[0], copy, "teacher_vae.pth")
+    train(copy, "--resume", "--seed", "1", "--epochs", "1", *scratch)  # nor is it in the way
+
+
+def test_a_teachers_state_that_is_left_over_is_removed(
+    tiny_run, tmp_path, monkeypatch, without_pictures
+):
+    # A run that dies between two files as stage 1 ends leaves both.
+    copy = copy_of(tiny_run[0], tmp_path)
+    state = storage.load_checkpoint(copy / "checkpoints" / "teacher_vae.pth")
+    storage.save_checkpoint(copy / "checkpoints" / "teacher_last.pth", {"record": state["record"]})
+    monkeypatch.setattr(distill_tinyvae, "train_teacher", refuse)
+    train(copy, "--resume")
+    assert not (copy / "checkpoints" / "teacher_last.pth").exists()
+    assert_same_run(tiny_run[0], copy)
+
+
 def test_overwrite_removes_what_was_made_of_the_old_student(tiny_run, tmp_path, monkeypatch):
     copy = copy_of(tiny_run[0], tmp_path)
     evaluated = ("samples.png", "traversal.png", "evaluation.json")
@@ -869,6 +902,15 @@ def test_a_student_that_is_given_is_trained_further(
     storage.save_checkpoint(given, checkpoint)
     with pytest.raises(InputError, match=r"\(the weights it starts from differ\)"):
         train(tmp_path, *flags, "--resume")
+
+
+def test_a_student_to_start_from_is_none_of_the_files_that_are_replaced(tiny_run):
+    run, _ = tiny_run
+    before = contents(run)
+    best = run / "checkpoints" / "tinyvae_best.pth"
+    with pytest.raises(InputError, match=r"tinyvae_best.pth is one of the files .*: copy it"):
+        train(run, "--overwrite", "--start", str(best))
+    assert contents(run) == before
 
 
 def test_the_teachers_outputs_are_kept_for_runs_that_share_them(

@@ -184,6 +184,18 @@ def in_this_process(monkeypatch, without_pictures):
     return called
 
 
+def test_constants_that_are_of_a_single_run_do_not_reach_students_that_are_compared(
+    tmp_path, monkeypatch, in_this_process
+):
+    for name, value in (("START", "nowhere.pth"), ("OVERWRITE", True), ("DEMO", True)):
+        monkeypatch.setattr(distill_tinyvae, name, value)
+    settings = {
+        "data": "dead-leaves", "limit": 64, "batch_size": 32, "epochs": 1, "vgg": "none",
+        "latent_weight": 0, "output_weight": 0, "device": "cpu",
+    }
+    assert comparison.run_distillation("one", tmp_path, settings)["epoch"] == 1
+
+
 def read_csv(path):
     with path.open() as file:
         return list(csv.DictReader(file))

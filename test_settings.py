@@ -140,7 +140,8 @@ def parse_kind(kind):
     """What a kind is and takes, read from its own words: (name, low, high, above, rest)."""
     means = kind.means
     for start, name in (
-        ("True or False", "switch"), ("one of ", "choice"), ("a text", "text"), ("a path", "path"),
+        ("True or False", "switch"), ("one of ", "choice"), ("a non-empty string", "text"),
+        ("a path", "path"),
     ):
         if means.startswith(start):
             return name, None, None, False, means.removeprefix(start)
@@ -163,7 +164,10 @@ def sensible(kind):
     if name == "choice":
         return [(repr(choice), choice) for choice in rest.split(", ")]
     if name == "text":
-        return [('"word"', "word"), ('"a" + "b"', "ab"), (PATHLIB, "some/folder")]
+        return [
+            ('"word"', "word"), ('"a" + "b"', "ab"), (PATHLIB, "some/folder"),
+            ('"~/word"', str(Path.home() / "word")),
+        ]
     if name == "path":
         return [
             ('"ck"', Path("ck")), (PATHLIB, Path("some/folder")), ('"a" + "b"', Path("ab")),
@@ -198,7 +202,7 @@ def senseless(kind):
     if name == "choice":
         return [*NOT_ONE_VALUE, '"nonsense"', '""', "1", "True"]
     if name in ("text", "path"):
-        return [*NOT_ONE_VALUE, "1", "1.5", "True", '""']
+        return [*NOT_ONE_VALUE, "1", "1.5", "True", '""', '"~no-such-user/ck"']
     if name == "several":
         count, each = rest
         each = settings.Kind(None, each)
@@ -224,6 +228,29 @@ def test_the_comment_of_a_constant_is_help_and_nothing_else(script, name, edit, 
     for text in (f"{name} = {value} # {comment}", f"# {comment}\n{name} = {value}"):
         assert editor.settings(name, text) == expected
         assert editor.help(name, text, capsys)[flag].startswith(f"{comment} (default: ")
+
+
+@pytest.mark.parametrize(
+    ("above", "text"),
+    [("# a text,\n# of two lines", "a text, of two lines"), ("#\n# one\n#", "one"), ("#", "")],
+)
+def test_a_comment_above_may_have_several_lines_and_empty_ones(above, text, edit, capsys):
+    shown = edit("distill_tinyvae").help("EPOCHS", f"{above}\nEPOCHS = 7", capsys)
+    assert shown["--epochs"] == f"{text} (default: 7)".strip()
+
+
+@pytest.mark.parametrize(
+    ("encoding", "first"), [("utf-8-sig", ""), ("latin-1", "# -*- coding: latin-1 -*-\n")]
+)
+def test_a_script_in_another_encoding_works(encoding, first, edit, capsys):
+    editor = edit("distill_tinyvae")
+    module = editor.load("EPOCHS", "EPOCHS = 7  # Übungen")
+    source = editor.path.read_text(encoding="utf-8")
+    editor.path.write_text(first + source.replace("→", "->"), encoding=encoding, errors="replace")
+    assert parse_settings(vars(module), []).epochs == 7
+    with pytest.raises(SystemExit):
+        parse_settings(vars(module), ["--help"])
+    assert help_texts(capsys.readouterr().out)["--epochs"] == "Übungen (default: 7)"
 
 
 @each_constant
@@ -414,9 +441,19 @@ def test_a_flag_beside_demo_wins(edit):
     assert parse_demo(module).epochs == 7
 
 
-def test_the_demo_changes_settings_that_exist_to_values_they_may_have():
+def test_the_demos_settings_are_checked_like_constants(edit):
     for name, value in distill_tinyvae.DEMO_SETTINGS.items():
         assert distill_tinyvae.KINDS[name.upper()].check(value) == value
+    module = edit("distill_tinyvae").load()
+    with pytest.raises(InputError) as refused:
+        parse_settings(vars(module), ["--demo"], {"epochs": "many"})
+    assert str(refused.value) == (
+        "epochs of the demo's settings in distill_tinyvae.py must be a whole number of at least "
+        "1, got 'many'"
+    )
+    with pytest.raises(InputError, match="epoch of the demo's settings in"):
+        parse_settings(vars(module), ["--demo"], {"epoch": 3})
+    assert parse_settings(vars(module), [], {"epochs": "many"}).epochs == module.EPOCHS
 
 
 # --- Device and precision ---
