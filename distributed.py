@@ -100,18 +100,8 @@ def wait_for_all():
 
 
 def own_rows(rows):
-    """This process's rows of a batch or a split: every Nth."""
+    """This process's rows of a batch: every Nth."""
     return rows[rank() :: world_size()]
-
-
-def all_rows(own, count):
-    """What each process computed for `own_rows` of `count` rows → all rows, in order."""
-    if world_size() == 1:
-        return own
-    rows = own.new_zeros(count, *own.shape[1:])
-    rows[rank() :: world_size()] = own
-    dist.all_reduce(rows)
-    return rows
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 
 from data import to_float
-from distributed import all_rows, first_process_first, own_rows, rank
+from distributed import rank
 from metrics import EVALUATION_BATCH, encode_means
 from runtime import InputError, autocast, progress_bar
 from storage import fingerprint, load_checkpoint, save_checkpoint
@@ -28,8 +28,7 @@ def teacher_outputs(teacher, run, cache=None):
     """
     made_from = {name: run.record[name] for name in ("pixels_sha256", "precision")}
     made_from["teacher_sha256"] = fingerprint(teacher)
-    with first_process_first():
-        cached = read_cache(cache, made_from, run.device)
+    cached = read_cache(cache, made_from, run.device)
     if cached:
         return cached
     mu, logits = compute_outputs(teacher, run.images, run.precision)
@@ -55,10 +54,10 @@ def read_cache(cache, made_from, device):
 @torch.no_grad()
 def compute_outputs(teacher, images, precision):
     mus, logits = [], []
-    chunks = own_rows(images).split(EVALUATION_BATCH)
+    chunks = images.split(EVALUATION_BATCH)
     for chunk in progress_bar(chunks, desc="teacher's outputs", unit="batch", leave=False):
         with autocast(images.device, precision):
             mu, _ = teacher.encode(to_float(chunk))
             logits.append(teacher.decode_logits(mu).half())
         mus.append(mu.float())
-    return all_rows(torch.cat(mus), len(images)), all_rows(torch.cat(logits), len(images))
+    return torch.cat(mus), torch.cat(logits)

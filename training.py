@@ -15,13 +15,7 @@ import torch
 
 from cuda_graph import StepGraph
 from data import shuffled_batches, to_float
-from distributed import (
-    average,
-    copy_from_first,
-    own_rows,
-    share_batch_norm,
-    world_size,
-)
+from distributed import average, copy_from_first, own_rows, share_batch_norm, world_size
 from metrics import EVALUATION_BATCH, effective_rank, evaluate_vae
 from optimizer import OneCycleAdam
 from runtime import InputError, autocast, progress_bar
