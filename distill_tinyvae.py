@@ -9,6 +9,9 @@
 
 Stage 1 trains the teacher, stage 2 the student. Edit the settings below, or override one with the
 flag of the same name. Afterwards `python test_trained_model.py` measures on the test split.
+
+The formulas of the terms are in losses.py, the learning rate in optimizer.py, batches, validation
+and BatchNorm's statistics in training.py.
 """
 
 import sys
@@ -46,8 +49,8 @@ DATA = "cifar10"  # cifar10, photo-crops, dead-leaves (data.py), or a folder wit
 LIMIT = 0  # use the first N training images; 0 uses all
 
 # --- Teacher ---
-TEACHER = None  # a trained teacher's checkpoint, which also sets these; None: train one, stage 1
-TEACHER_LATENT_DIM = 512  # numbers in its code
+TEACHER = None  # a trained teacher's checkpoint, with its own shape; None: train one, stage 1
+TEACHER_LATENT_DIM = 512  # numbers in its code, at least as many as in the student's
 TEACHER_CHANNELS = (64, 128, 256, 512)  # out of its four encoder stages; the decoder mirrors them
 TEACHER_EPOCHS = 20  # epochs of stage 1
 TEACHER_KL_WEIGHT = 0.01  # beta of the teacher: low, since its own error limits what it can teach
@@ -56,24 +59,24 @@ TEACHER_KL_WEIGHT = 0.01  # beta of the teacher: low, since its own error limits
 LATENT_DIM = 64  # numbers in the code
 ENCODER_CHANNELS = (16, 32, 64, 128)  # out of the four encoder stages
 DECODER_CHANNELS = (128, 64, 32, 16)  # into the four decoder stages
-START = None  # a student's checkpoint to start from, which also sets these three; None: random
+START = None  # a student's checkpoint to start from, with its own shape; None: random weights
 EPOCHS = 100  # epochs of stage 2
 
 # --- The five terms of the student's loss ---
 RECONSTRUCTION_WEIGHT = 0.3  # squared error of pixels in [0, 1], of a sample
-KL_WEIGHT = 0.1  # nats per image dimension
+KL_WEIGHT = 0.1  # nats per image dimension; lower: more nats, less error
 KL_SCALE = 0.5  # times KL_WEIGHT: at 1 the student ends at 58 nats instead of 82
 LATENT_WEIGHT = 0.3  # squared distance of mu to the teacher's projected mu, in nats
-LATENT_VARIANCE = 0.1  # of the Gaussians compared: about that of the student's posterior
+LATENT_VARIANCE = 0.1  # that distance is divided by twice this, about the posterior's variance
 LATENT_FADE = 0.3  # fraction of the steps over which the latent term fades; 0: it does not
-LATENT_FLOOR = 0.1  # fraction of the latent term that remains when it has faded
+LATENT_FLOOR = 0.1  # fraction of the latent term that remains when it has faded; 1: all
 OUTPUT_WEIGHT = 0.2  # divergence from the teacher's softened pixels, of the mean
 OUTPUT_TARGET = "teacher"  # teacher, or image: the image itself in the place of its output
-TEMPERATURE = 3.0  # T that softens the logits of the output term
+TEMPERATURE = 3.0  # T of the output term; higher: dark and bright pixels weigh more
 PERCEPTUAL_WEIGHT = 0.1  # squared distance of VGG16 features, of the mean
 PERCEPTUAL_SCALE = 8.0  # times PERCEPTUAL_WEIGHT: a mean over channels of unit vectors is small
-PERCEPTUAL_IMAGES = 4  # images of each batch that VGG16 sees, a sixteenth of the cost; 0: all
-PROJECTION = "orthonormal"  # of the teacher's mu to the latents; or random, fixed, free: losses.py
+PERCEPTUAL_IMAGES = 4  # images of each batch that VGG16 sees; 0: all, less noisy and far slower
+PROJECTION = "orthonormal"  # of the teacher's mu, learned; or fixed, random, free (losses.py)
 VGG = "imagenet"  # imagenet (downloaded), random (untrained), none, or a state dict's path
 
 # --- Optimisation, both stages ---
@@ -119,7 +122,8 @@ KINDS = {
     "TEACHER_OUTPUTS": file_path(none=None), "SAVE_EVERY": whole(1), "RESUME": switch(),
     "OVERWRITE": switch(), "DEMO": switch(),
 }
-# A small teacher learns enough in the time to be better than its student.
+# With --demo these replace the constants above; flags still count. The teacher is small, so that it
+# learns enough in the time to be better than its student.
 DEMO_SETTINGS = {
     "data": "photo-crops", "limit": 9000, "teacher_latent_dim": 192,
     "teacher_channels": (24, 48, 96, 192), "teacher_epochs": 12, "teacher_kl_weight": 0.003,
@@ -213,7 +217,7 @@ def distil_student(run, teacher, teacher_rows, vgg, student):
             # Users decode mu, so output and perceptual terms see what is decoded from it; one pass
             # for both, so that BatchNorm's statistics are of both.
             latents = torch.cat([z, mu]) if s.output_weight or s.perceptual_weight else z
-            logits, *of_mean = student.decode_logits(latents).float().split(len(z))
+            logits, *mean_logits = student.decode_logits(latents).float().split(len(z))
 
             # A term of weight zero is not computed.
             terms = {
@@ -223,9 +227,9 @@ def distil_student(run, teacher, teacher_rows, vgg, student):
                 "latent": s.latent_weight
                 and latent_distillation_loss(mu, projection(targets.mu[index]), s.latent_variance),
                 "output": s.output_weight
-                and output_distillation_loss(of_mean[0], target(images, index), s.temperature),
+                and output_distillation_loss(mean_logits[0], target(images, index), s.temperature),
                 "perceptual": s.perceptual_weight
-                and perceptual_loss(vgg, torch.sigmoid(of_mean[0][:seen]), images[:seen]),
+                and perceptual_loss(vgg, torch.sigmoid(mean_logits[0][:seen]), images[:seen]),
             }
             weighted = {
                 "reconstruction": s.reconstruction_weight * terms["reconstruction"],

@@ -140,6 +140,17 @@ def several(kind, count=None, none=REFUSED):
     return Kind(read, f"{many}, separated by commas, each {kind.means}", none)
 
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        """One line, without the usage."""
+        self.exit(2, f"error: {message} (--help lists all flags)\n")
+
+
+def as_word(value):
+    """A constant as its flag takes it: (16, 32) → 16,32."""
+    return ",".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
+
+
 def parse_settings(script, argv=None, preset=None):
     """The settings of a run, as a namespace with a lower-case name for each constant.
 
@@ -153,8 +164,9 @@ def parse_settings(script, argv=None, preset=None):
     makes no sense, ends the program with exit code 2.
     """
     kinds, file = script["KINDS"], Path(script["__file__"])
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=file.name,
+        usage="python %(prog)s [--flag VALUE ...]",  # a page, if it named all
         description=script["__doc__"],
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
@@ -167,10 +179,10 @@ def parse_settings(script, argv=None, preset=None):
         section, comment = helps.get(name, ("settings", ""))
         if section not in groups:
             groups[section] = parser.add_argument_group(section)
-        options = {"type": kind.from_flag, "metavar": ""}
+        options = {"type": kind.from_flag, "metavar": "VALUE"}
         if kind.means == is_switch:
             options = {"action": argparse.BooleanOptionalAction}
-        default = f"(default: {script.get(name)})"
+        default = f"(default: {as_word(script.get(name))})"
         groups[section].add_argument(
             "--" + name.lower().replace("_", "-"),
             help=f"{comment} {default}".strip().replace("%", "%%"),

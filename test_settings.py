@@ -83,7 +83,7 @@ def test_no_constant_is_read_in_place_of_its_setting(script):
 def help_texts(shown):
     """What --help shows: flag → its text."""
     entries = re.split(r"^  (?=-)", shown, flags=re.MULTILINE)[1:]
-    found = [re.match(r"(--[\w-]+)(?:, --no-[\w-]+)?\s+(.*)", entry) for entry in entries]
+    found = [re.match(r"(--[\w-]+)(?:, --no-[\w-]+| VALUE)\s+(.*)", entry) for entry in entries]
     return {match[1]: match[2] for match in found if match}
 
 
@@ -323,11 +323,13 @@ def parse(script, *flags):
 
 
 def refused_with(capsys, script, *flags):
-    """What is written to stderr where flags end a script with exit code 2."""
+    """What is written to stderr where flags end a script with exit code 2: one line."""
     with pytest.raises(SystemExit) as stop:
         parse(script, *flags)
     assert stop.value.code == 2
-    return capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    return said
 
 
 @each_script
@@ -339,9 +341,11 @@ def test_help_lists_every_flag_with_its_default(script, capsys, monkeypatch):
     assert stop.value.code == 0
     shown = help_texts(capsys.readouterr().out)
     assert set(shown) == {flag_of(name) for name in KINDS[script]}
-    for name in KINDS[script]:
-        comment, default = shown[flag_of(name)].split(" (default: ")
-        assert comment and default == f"{getattr(module, name)})"
+    for name, kind in KINDS[script].items():
+        comment, default = shown[flag_of(name)].removesuffix(")").split(" (default: ")
+        assert comment
+        if default not in ("True", "False"):  # it is a word that the flag takes
+            assert kind.from_flag(default) == kind.check(getattr(module, name))
 
 
 @each_script

@@ -305,8 +305,8 @@ def evaluate(settings):
     print()
     print_table([code_row(name, found[name]) for name in models])
     print(
-        "\nsmaller: the teacher's weights over these weights, both fp32 and nothing else. PSNR: "
-        "mean over images.\nSSIM: 11×11 Gaussian window, sigma 1.5, windows wholly inside the "
+        "\nsmaller: the teacher's weights over these weights, both saved in fp32. PSNR: mean over "
+        "images.\nSSIM: 11×11 Gaussian window, sigma 1.5, windows wholly inside the "
         "image. active: latents whose mu has a\nvariance above 0.01. ms/image: encode and decode "
         f"one image; images/s: {settings.batch_size} at once; medians of 30.\nPCA: fitted to the "
         f"training images, codes of {settings.pca_components} numbers for "
