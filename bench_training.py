@@ -106,7 +106,7 @@ COLUMNS = ("stage", "variant", "ms_per_step", "spread_ms", "ratio", "precision",
 # What we do that the straightforward loop does not.
 RESIDENT = "images on the device"
 KEPT_OUTPUTS = "teacher's outputs kept"
-FEW_IMAGES = "VGG16 sees a few"
+FEW_IMAGES = "VGG16 on few images"
 CHANNELS_LAST = "channels last"
 FUSED = "fused Adam"
 LOW_PRECISION = "16-bit"

@@ -764,7 +764,7 @@ def test_the_demo_replaces_its_own_folders_and_no_others(
     flags = ["--demo", "--device", "cpu", "--batch-size", "32", *folders(tmp_path)]
     for _ in range(2):
         distill_tinyvae.main(flags)
-        assert "Stage 1 skipped" not in capsys.readouterr().out  # the demo shows the whole job
+        assert "Stage 1 skipped" not in capsys.readouterr().out  # the demo shows both stages
     before = contents(tmp_path)
     distill_tinyvae.main([*flags, "--resume"])
     assert "Resuming the student after epoch 1" in capsys.readouterr().out
