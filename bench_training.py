@@ -68,7 +68,7 @@ from vgg import VGGFeatures, load_vgg16
 HERE = Path(__file__).resolve().parent
 
 # --- What is timed ---
-DATA = "dead-leaves"  # dead-leaves (generated), cifar10, or a folder with train/ and test/
+DATA = "dead-leaves"  # as in distill_tinyvae.py
 LIMIT = 2000  # images; an epoch's time is scaled up from the steps timed
 VGG = "random"  # random, imagenet, or a state dict's path: the time is the same
 BATCH_SIZE = 64  # images per step, as in distill_tinyvae.py
@@ -290,7 +290,10 @@ def make_variants(bench):
 def time_ours(bench, graph=True):
     """Seconds per step of a run of distill_tinyvae.py: (stage, name) → seconds."""
     settings = bench.settings
+    student = TinyVAE32().architecture
+    shape = {key: student[key] for key in ("latent_dim", "encoder_channels", "decoder_channels")}
     flags = {  # what decides the work of a step, whatever is edited in distill_tinyvae.py
+        **shape,
         "teacher": None,
         "teacher_latent_dim": bench.teacher.architecture["latent_dim"],
         "teacher_channels": bench.teacher.architecture["channels"],

@@ -5,7 +5,8 @@
     python distill_tinyvae.py --resume    # continue a run that stopped, however it stopped
     python distill_tinyvae.py --data PATH --vgg PATH      # your images, your VGG16 weights
     torchrun --nproc_per_node=2 distill_tinyvae.py        # two processes, the same result
-    python distill_tinyvae.py --data PATH --limit 5000 --teacher-epochs 5 --epochs 10   # a trial
+    python distill_tinyvae.py --limit 5000 --teacher-epochs 5 --epochs 10 \\
+        --checkpoint-dir trial --output-dir trial         # a trial, in a folder of its own
 
 Stage 1 trains the teacher, stage 2 the student. Edit the settings below, or override one with the
 flag of the same name. Afterwards `python test_trained_model.py` measures on the test split.
@@ -37,7 +38,7 @@ from metrics import encode_means
 from runtime import DTYPES, InputError, autocast, pick_device, run_script
 from settings import file_path, number, one_of, parse_settings, several, switch, text, whole
 from standard_vae import StandardVAE
-from teacher_outputs import teacher_outputs
+from teacher_outputs import refuse_other_file, teacher_outputs
 from tiny_vae_32 import TinyVAE32
 from training import Stage
 from vgg import VGGFeatures
@@ -50,13 +51,13 @@ LIMIT = 0  # use the first N training images; 0 uses all
 
 # --- Teacher ---
 TEACHER = None  # a trained teacher's checkpoint, with its own shape; None: train one, stage 1
-TEACHER_LATENT_DIM = 512  # numbers in its code, at least as many as in the student's
+TEACHER_LATENT_DIM = 512  # latents, at least as many as the student's
 TEACHER_CHANNELS = (64, 128, 256, 512)  # out of its four encoder stages; the decoder mirrors them
 TEACHER_EPOCHS = 20  # epochs of stage 1
 TEACHER_KL_WEIGHT = 0.01  # beta of the teacher: low, since its own error limits what it can teach
 
 # --- Student ---
-LATENT_DIM = 64  # numbers in the code
+LATENT_DIM = 64  # latents
 ENCODER_CHANNELS = (16, 32, 64, 128)  # out of the four encoder stages
 DECODER_CHANNELS = (128, 64, 32, 16)  # into the four decoder stages
 START = None  # a student's checkpoint to start from, with its own shape; None: random weights
@@ -67,7 +68,7 @@ RECONSTRUCTION_WEIGHT = 0.3  # squared error of pixels in [0, 1], of a sample
 KL_WEIGHT = 0.1  # nats per image dimension; lower: more nats, less error
 KL_SCALE = 0.5  # times KL_WEIGHT: at 1 the student ends at 58 nats instead of 82
 LATENT_WEIGHT = 0.3  # squared distance of mu to the teacher's projected mu, in nats
-LATENT_VARIANCE = 0.1  # that distance is divided by twice this, about the posterior's variance
+LATENT_VARIANCE = 0.1  # that distance is divided by 2 × this; near the posterior's variance
 LATENT_FADE = 0.3  # fraction of the steps over which the latent term fades; 0: it does not
 LATENT_FLOOR = 0.1  # fraction of the latent term that remains when it has faded; 1: all
 OUTPUT_WEIGHT = 0.2  # divergence from the teacher's softened pixels, of the mean
@@ -282,6 +283,7 @@ def distil(settings, device):
             f"{world_size()} processes share each batch evenly: make --batch-size and "
             f"--perceptual-images multiples of {world_size()}"
         )
+    refuse_other_file(s.teacher_outputs)
     run, vgg, student = runs.begin(s, device)
     report.print_summary(run)
     start = time.perf_counter()
@@ -295,7 +297,7 @@ def distil(settings, device):
     if not rank():
         report.draw(run, teacher, best, rows, "its best epoch")
         seconds = time.perf_counter() - start
-        report.print_results(run, teacher, best, seconds, runs.written_files(s))
+        report.print_results(run, teacher, best, seconds, runs.written_files(run))
 
 
 def main(argv=None):

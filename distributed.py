@@ -75,7 +75,8 @@ def processes(device):
             raise
         raise InputError(
             f"process {rank()} of {world_size()} lost the connection to another one: every "
-            "finished epoch is saved, and the same command with --resume continues"
+            "finished epoch is saved, and the same command with --resume, without --overwrite, "
+            "continues"
         ) from error
     finally:
         # After an error NCCL could wait here for processes that wait for this one; torchrun ends

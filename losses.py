@@ -15,7 +15,7 @@ from torch import nn
 
 from vae import PIXEL_VALUES
 
-TERMS = ("reconstruction", "kl", "latent", "output", "perceptual")  # as settings and columns say
+TERMS = ("reconstruction", "kl", "latent", "output", "perceptual")  # in settings, metrics.csv
 
 
 # --- The terms every VAE has ---

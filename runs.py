@@ -99,6 +99,12 @@ def begin(settings, device):
     s = settings
     precision = pick_precision(s.precision, device)
     refuse_earlier_run(s)
+    for path in (s.teacher, s.start):
+        if path and path.resolve() in find_files(s, RUN_FILES):
+            raise InputError(
+                f"{path} is one of the files that this run writes: copy it elsewhere, or name "
+                "another --checkpoint-dir and --output-dir"
+            )
     teacher_record, student = {"teacher_sha256": ""}, None  # a teacher of stage 1 has its recipe
     if s.teacher:
         teacher, checkpoint = load_model(s.teacher, StandardVAE)
@@ -108,11 +114,6 @@ def begin(settings, device):
         s.teacher_latent_dim = teacher.architecture["latent_dim"]
         s.teacher_channels = teacher.architecture["channels"]
     if s.start:
-        if s.start.resolve() in find_files(s, RUN_FILES):
-            raise InputError(
-                f"{s.start} is one of the files that this run writes: copy it elsewhere, or name "
-                "another --checkpoint-dir and --output-dir"
-            )
         student, _ = load_model(s.start, TinyVAE32)
         for name in ("latent_dim", "encoder_channels", "decoder_channels"):
             setattr(s, name, student.architecture[name])
@@ -146,10 +147,11 @@ def begin(settings, device):
     }
     run = Run(s, device, precision, images.train.to(device), images.val.to(device), record)
     if run.needs_teacher and s.teacher_latent_dim < s.latent_dim:
+        remedy = "name another --teacher" if s.teacher else "raise --teacher-latent-dim"
         raise InputError(
             f"the teacher has {s.teacher_latent_dim} latents, fewer than the student's "
-            f"{s.latent_dim}, which learn from them: lower --latent-dim, or take a teacher with "
-            "more latents"
+            f"{s.latent_dim}, which learn from them: {remedy}"
+            + (", or lower --latent-dim" if not s.start else "")
         )
     if not rank():
         check_writable(s.checkpoint_dir)
@@ -298,8 +300,9 @@ def find_files(settings, names):
     return sorted(path for folder in folders for name in names for path in folder.glob(name))
 
 
-def written_files(settings):
-    return find_files(settings, (TEACHER, *RUN_FILES, *DRAWN))
+def written_files(run):
+    own = (TEACHER,) if trains_teacher(run) else ()
+    return find_files(run.settings, (*own, *RUN_FILES, *DRAWN))
 
 
 def refuse_earlier_run(settings):
@@ -316,8 +319,8 @@ def refuse_earlier_run(settings):
             print(f"Nothing to resume in {settings.checkpoint_dir}: starting from the beginning.")
     elif earlier and not settings.overwrite:
         raise InputError(
-            f"{earlier[0]} is of an earlier run: --resume continues it, --overwrite replaces it, "
-            "another --checkpoint-dir and --output-dir keep it"
+            f"{earlier[0]} belongs to an earlier run: --resume continues it, --overwrite replaces "
+            "it, another --checkpoint-dir and --output-dir keep it"
         )
 
 

@@ -45,7 +45,9 @@ class Kind:
             return self.none
         try:
             return self.read(value)
-        except (ValueError, TypeError, OverflowError, RuntimeError):
+        except RuntimeError:  # of expanduser
+            raise ValueError(f"names a home folder that does not exist: {value!r}") from None
+        except (ValueError, TypeError, OverflowError):
             raise ValueError(f"must be {self.means}, got {value!r}") from None
 
     def from_flag(self, word):
@@ -166,7 +168,7 @@ def parse_settings(script, argv=None, preset=None):
     kinds, file = script["KINDS"], Path(script["__file__"])
     parser = Parser(
         prog=file.name,
-        usage="python %(prog)s [--flag VALUE ...]",  # a page, if it named all
+        usage="python %(prog)s [--flag VALUE ...]",  # a page long if it listed all
         description=script["__doc__"],
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
@@ -201,10 +203,13 @@ def parse_settings(script, argv=None, preset=None):
     demo = {}
     if preset and flags.get("demo", constants.get("demo")):
         for name, value in preset.items():
+            what = f"{name} of the demo's settings in {file.name}"
+            if name.upper() not in kinds:
+                raise InputError(f"{what} is not a setting")
             try:
                 demo[name] = kinds[name.upper()].check(value)
-            except (KeyError, ValueError) as error:
-                raise InputError(f"{name} of the demo's settings in {file.name} {error}") from None
+            except ValueError as error:
+                raise InputError(f"{what} {error}") from None
     return argparse.Namespace(**constants | demo | flags)
 
 

@@ -8,13 +8,27 @@ from data import to_float
 from distributed import rank
 from metrics import EVALUATION_BATCH, encode_means
 from runtime import InputError, autocast, progress_bar
-from storage import fingerprint, load_checkpoint, save_checkpoint
+from storage import check_writable, fingerprint, load_checkpoint, save_checkpoint
 
 
 class TeacherOutputs(NamedTuple):
-    mu: torch.Tensor      # of the training images, N×512, float32
+    mu: torch.Tensor      # of the training images, N×latents, float32
     logits: torch.Tensor  # decoded from that mu, N×3×32×32, float16
-    val_mu: torch.Tensor  # of the held-out images, M×512
+    val_mu: torch.Tensor  # of the held-out images, M×latents
+
+
+def refuse_other_file(cache):
+    """Raise InputError if `cache` cannot be written, or would replace a file of another kind."""
+    if not cache:
+        return
+    if not rank():
+        check_writable(cache.parent)
+    try:
+        is_other = cache.exists() and "made_from" not in load_checkpoint(cache)
+    except InputError:  # damaged: it is computed again
+        is_other = False
+    if is_other:
+        raise InputError(f"{cache} does not hold a teacher's outputs: name another file")
 
 
 def teacher_outputs(teacher, run, cache=None):
@@ -45,7 +59,7 @@ def read_cache(cache, made_from, device):
         found = load_checkpoint(cache)
         if found["made_from"] == made_from:
             return TeacherOutputs(**{k: v.to(device) for k, v in found["outputs"].items()})
-        print(f"{cache} is of another teacher or other images: computing it again")
+        print(f"{cache} was made with another teacher, images or precision: computing it again")
     except (InputError, KeyError, TypeError):
         print(f"{cache} is damaged: computing it again")
     return None

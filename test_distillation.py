@@ -10,6 +10,7 @@ import copy
 import functools
 import json
 import math
+import shutil
 import signal
 import time
 import urllib.request
@@ -904,13 +905,20 @@ def test_a_student_that_is_given_is_trained_further(
         train(tmp_path, *flags, "--resume")
 
 
-def test_a_student_to_start_from_is_none_of_the_files_that_are_replaced(tiny_run):
-    run, _ = tiny_run
-    before = contents(run)
-    best = run / "checkpoints" / "tinyvae_best.pth"
-    with pytest.raises(InputError, match=r"tinyvae_best.pth is one of the files .*: copy it"):
-        train(run, "--overwrite", "--start", str(best))
-    assert contents(run) == before
+@pytest.mark.parametrize(
+    ("flag", "name"), [("--start", "tinyvae_best.pth"), ("--teacher", "teacher_last.pth")]
+)
+def test_what_a_run_begins_with_is_none_of_the_files_that_it_replaces(
+    flag, name, tiny_run, tmp_path
+):
+    copy = copy_of(tiny_run[0], tmp_path)
+    named = copy / "checkpoints" / name
+    if not named.exists():
+        shutil.copy(copy / "checkpoints" / "teacher_vae.pth", named)
+    before = contents(copy)
+    with pytest.raises(InputError, match=rf"{name} is one of the files .*: copy it"):
+        train(copy, "--overwrite", flag, str(named))
+    assert contents(copy) == before
 
 
 def test_the_teachers_outputs_are_kept_for_runs_that_share_them(
@@ -952,7 +960,7 @@ def test_the_teachers_outputs_are_kept_for_runs_that_share_them(
     with torch.no_grad():
         teacher.fc_mu.bias += 1
     other, computed = outputs()
-    assert computed and "is of another teacher or other images" in capsys.readouterr().out
+    assert computed and "another teacher, images or precision" in capsys.readouterr().out
     torch.testing.assert_close(other.mu, kept.mu + 1)
     assert not outputs()[1]  # now it holds this teacher's
     for name in ("pixels_sha256", "precision"):
@@ -961,6 +969,12 @@ def test_the_teachers_outputs_are_kept_for_runs_that_share_them(
     cache.write_bytes(cache.read_bytes()[:1000])
     capsys.readouterr()
     assert outputs()[1] and "is damaged: computing it again" in capsys.readouterr().out
+
+    mine = copy_of(run, tmp_path) / "checkpoints" / "teacher_vae.pth"
+    before = mine.read_bytes()
+    with pytest.raises(InputError, match=r"does not hold a teacher's outputs: name another file"):
+        train(tmp_path / "third", *teacher_of(run), "--teacher-outputs", str(mine))
+    assert mine.read_bytes() == before and not (tmp_path / "third").exists()
 
 
 # --- Interrupted and resumed ---

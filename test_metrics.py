@@ -193,6 +193,8 @@ def test_vgg_distance_and_evenness_of_known_paths():
     even = metrics.interpolation_unevenness(Stub(lambda z: z), images, judge)
     bent = metrics.interpolation_unevenness(Stub(lambda z: z**3), images, judge)
     assert even == pytest.approx(0, abs=1e-3) and bent > 0.2
+    same = images[:1].expand(2, 3, 32, 32)  # joined by a line without length
+    assert metrics.interpolation_unevenness(Stub(lambda z: z), same, judge) == 0
     assert metrics.vgg_distance(Stub(lambda z: z), images, judge) < 1e-9
     off = metrics.vgg_distance(Stub(lambda z: z + 0.1), images, judge)
     assert off == pytest.approx(0.01, rel=1e-3)

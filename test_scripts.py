@@ -28,7 +28,7 @@ import test_trained_model
 import training
 from runtime import InputError
 from settings import parse_settings
-from testing import folders, needs_cuda, random_images
+from testing import folders, needs_cuda, random_images, teacher_of, train
 from tiny_vae_32 import TinyVAE32
 
 FITTED = {}  # PCA of the same few images, which takes seconds
@@ -74,6 +74,21 @@ def test_evaluation_script(tiny_run, tmp_path, capsys):
         "traversal.png",
     }
     assert student["cka"] < record["results"]["teacher"]["cka"] == pytest.approx(1)
+
+
+def test_evaluation_is_beside_the_teacher_of_the_training(tiny_run, tmp_path, without_pictures):
+    # Another run's teacher_vae.pth is in the folder.
+    run, _ = tiny_run
+    other = tmp_path / "checkpoints" / "teacher_vae.pth"
+    other.parent.mkdir()
+    shutil.copy(run / "checkpoints" / "teacher_vae.pth", other)
+    train(tmp_path, *teacher_of(run), "--epochs", "1")
+    settings = parse_settings(vars(test_trained_model), [])
+    settings.checkpoint_dir = other.parent
+    _, _, teacher_path, _ = test_trained_model.load_models(settings)
+    assert teacher_path == run / "checkpoints" / "teacher_vae.pth"
+    settings.teacher = other
+    assert test_trained_model.load_models(settings)[2] == other
 
 
 def test_evaluation_takes_the_architecture_from_the_checkpoint(tmp_path, capsys):

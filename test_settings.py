@@ -202,7 +202,7 @@ def senseless(kind):
     if name == "choice":
         return [*NOT_ONE_VALUE, '"nonsense"', '""', "1", "True"]
     if name in ("text", "path"):
-        return [*NOT_ONE_VALUE, "1", "1.5", "True", '""', '"~no-such-user/ck"']
+        return [*NOT_ONE_VALUE, "1", "1.5", "True", '""']
     if name == "several":
         count, each = rest
         each = settings.Kind(None, each)
@@ -287,6 +287,16 @@ def test_a_constant_that_was_deleted_is_named(script, name, edit):
         edit(script).settings(name)
 
 
+def test_a_home_folder_that_does_not_exist_is_named(edit):
+    for name in ("DATA", "TEACHER", "CHECKPOINT_DIR"):
+        with pytest.raises(InputError) as refused:
+            edit("distill_tinyvae").settings(name, f'{name} = "~no-such-user/ck"')
+        assert str(refused.value) == (
+            f"{name} in distill_tinyvae.py names a home folder that does not exist: "
+            "'~no-such-user/ck'"
+        )
+
+
 def test_a_flag_is_of_its_kind_whatever_type_the_constant_has(edit):
     editor = edit("distill_tinyvae")
     found = editor.settings("KL_WEIGHT", "KL_WEIGHT = 1", ["--kl-weight", "0.5"])
@@ -344,8 +354,11 @@ def test_help_lists_every_flag_with_its_default(script, capsys, monkeypatch):
     for name, kind in KINDS[script].items():
         comment, default = shown[flag_of(name)].removesuffix(")").split(" (default: ")
         assert comment
-        if default not in ("True", "False"):  # it is a word that the flag takes
-            assert kind.from_flag(default) == kind.check(getattr(module, name))
+        value = kind.check(getattr(module, name))
+        if isinstance(value, bool):
+            assert default == str(value)
+        else:  # it is a word that the flag takes
+            assert kind.from_flag(default) == value
 
 
 @each_script
@@ -455,8 +468,11 @@ def test_the_demos_settings_are_checked_like_constants(edit):
         "epochs of the demo's settings in distill_tinyvae.py must be a whole number of at least "
         "1, got 'many'"
     )
-    with pytest.raises(InputError, match="epoch of the demo's settings in"):
+    with pytest.raises(InputError) as refused:
         parse_settings(vars(module), ["--demo"], {"epoch": 3})
+    assert str(refused.value) == (
+        "epoch of the demo's settings in distill_tinyvae.py is not a setting"
+    )
     assert parse_settings(vars(module), [], {"epochs": "many"}).epochs == module.EPOCHS
 
 

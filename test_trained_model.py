@@ -1,6 +1,6 @@
 """Is this student good? Evaluate it beside its teacher and PCA, on the test split.
 
-    python test_trained_model.py             # the student in checkpoints/, on its own kind of data
+    python test_trained_model.py             # the student in checkpoints/, on its training's data
     python test_trained_model.py --demo      # the one that distill_tinyvae.py --demo made
     python test_trained_model.py --judge PATH      # VGG distance too
     python test_trained_model.py --student checkpoints/tinyvae_epoch_050.pth --data PATH
@@ -69,7 +69,7 @@ HERE = Path(__file__).resolve().parent
 
 # --- What to evaluate ---
 STUDENT = None  # a file in the checkpoint folder, or a path; None: the best one there, or released
-TEACHER = None  # likewise; None: teacher_vae.pth, left out if it is not there
+TEACHER = None  # likewise; None: that of its training, else teacher_vae.pth, if it is there
 DATA = None  # as in distill_tinyvae.py; None: what the student was trained on
 LIMIT = 0  # fit PCA to the first N training images; 0: as many as the student saw, or all of DATA
 
@@ -224,15 +224,16 @@ def draw_traversal(path, images, model, title):
 def load_models(settings):
     """name → model, the teacher first if there is one; the student's path and its checkpoint."""
     student_path = find_student(settings.student, settings.checkpoint_dir)
-    teacher_path = find_checkpoint(settings.teacher or Path(TEACHER_FILE), settings.checkpoint_dir)
     student, checkpoint = load_model(student_path, TinyVAE32)
+    named = settings.teacher or checkpoint.get("record", {}).get("teacher") or TEACHER_FILE
+    teacher_path = find_checkpoint(Path(named), settings.checkpoint_dir)
     models = {"student": student}
     if teacher_path.exists() or settings.teacher:
         models = {"teacher": load_model(teacher_path, StandardVAE)[0]} | models
         print(f"teacher  {teacher_path}")
     else:
         teacher_path = None
-        print(f"teacher  left out: no {TEACHER_FILE} in {settings.checkpoint_dir}")
+        print(f"teacher  left out: there is no {teacher_path}")
     return models, student_path, teacher_path, checkpoint
 
 
