@@ -1,6 +1,6 @@
 """How fast training is on this device: beside the loop most people would write, and the floor.
 
-    python bench_training.py                  # no data, no weights; 10 minutes on 2 CPU cores
+    python bench_training.py                  # no data, no weights; 12 minutes on 2 CPU cores
     python bench_training.py --repeats 3 --seconds 0.5 --no-inference       # quicker, noisier
 
 The straightforward loop is a DataLoader with workers over a torchvision-style dataset with
