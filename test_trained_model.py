@@ -232,8 +232,8 @@ def load_models(settings):
         models = {"teacher": load_model(teacher_path, StandardVAE)[0]} | models
         print(f"teacher  {teacher_path}")
     else:
-        teacher_path = None
         print(f"teacher  left out: there is no {teacher_path}")
+        teacher_path = None
     return models, student_path, teacher_path, checkpoint
 
 
