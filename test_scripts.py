@@ -97,7 +97,8 @@ def test_evaluation_takes_the_architecture_from_the_checkpoint(tmp_path, capsys)
     storage.save_checkpoint(path, {"architecture": vae.architecture, "model": vae.state_dict()})
     flags = ["--student", str(path), "--data", "dead-leaves", "--limit", "64", "--device", "cpu"]
     test_trained_model.main([*flags, *folders(tmp_path), "--pca-components", "12"])
-    assert f"left out: there is no {tmp_path / 'teacher_vae.pth'}\n" in capsys.readouterr().out
+    missing = tmp_path / "checkpoints" / "teacher_vae.pth"
+    assert f"teacher  left out: there is no {missing}\n" in capsys.readouterr().out
     record = json.loads((tmp_path / "outputs" / "evaluation.json").read_text())
     assert record["results"]["student"]["parameters"] == models.count_parameters(vae)
     for bad, message in (
