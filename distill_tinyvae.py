@@ -55,6 +55,7 @@ TEACHER_LATENT_DIM = 512  # latents, at least as many as the student's
 TEACHER_CHANNELS = (64, 128, 256, 512)  # out of its four encoder stages; the decoder mirrors them
 TEACHER_EPOCHS = 20  # epochs of stage 1
 TEACHER_KL_WEIGHT = 0.01  # beta of the teacher: low, since its own error limits what it can teach
+TEACHER_LEARNING_RATE = 1e-3  # Adam's, at the peak
 
 # --- Student ---
 LATENT_DIM = 64  # latents
@@ -62,6 +63,8 @@ ENCODER_CHANNELS = (16, 32, 64, 128)  # out of the four encoder stages
 DECODER_CHANNELS = (128, 64, 32, 16)  # into the four decoder stages
 START = None  # a student's checkpoint to start from, with its own shape; None: random weights
 EPOCHS = 100  # epochs of stage 2
+OPTIMIZER = "adam"  # adam, or muon: for matrices and kernels, and Adam for the rest
+LEARNING_RATE = 1e-3  # at the peak; muon takes 3e-3
 
 # --- The five terms of the student's loss ---
 RECONSTRUCTION_WEIGHT = 0.3  # squared error of pixels in [0, 1], of a sample
@@ -82,8 +85,7 @@ VGG = "imagenet"  # imagenet (downloaded), random (untrained), none, or a state 
 
 # --- Optimisation, both stages ---
 BATCH_SIZE = 64  # images per step
-LEARNING_RATE = 1e-3  # Adam's, at the peak: a linear warm-up, then a cosine to zero
-WARMUP = 0.05  # fraction of a stage's steps over which the learning rate rises
+WARMUP = 0.05  # fraction of a stage's steps in which the learning rate rises; then a cosine to zero
 SEED = 0  # of weights, image order and latent samples
 
 # --- Machine ---
@@ -106,8 +108,10 @@ KINDS = {
     "DATA": text(), "LIMIT": whole(0, none=0),
     "TEACHER": file_path(none=None), "TEACHER_LATENT_DIM": whole(1), "TEACHER_CHANNELS": CHANNELS,
     "TEACHER_EPOCHS": whole(1), "TEACHER_KL_WEIGHT": AT_LEAST_0,
+    "TEACHER_LEARNING_RATE": number(0, above=True),
     "LATENT_DIM": whole(1), "ENCODER_CHANNELS": CHANNELS, "DECODER_CHANNELS": CHANNELS,
-    "START": file_path(none=None), "EPOCHS": whole(1),
+    "START": file_path(none=None), "EPOCHS": whole(1), "OPTIMIZER": one_of("adam", "muon"),
+    "LEARNING_RATE": number(0, above=True),
     "RECONSTRUCTION_WEIGHT": AT_LEAST_0, "KL_WEIGHT": AT_LEAST_0, "KL_SCALE": number(0, above=True),
     "LATENT_WEIGHT": AT_LEAST_0, "LATENT_VARIANCE": number(0, above=True), "LATENT_FADE": FRACTION,
     "LATENT_FLOOR": FRACTION, "OUTPUT_WEIGHT": AT_LEAST_0,
@@ -116,7 +120,7 @@ KINDS = {
     "PERCEPTUAL_IMAGES": whole(0, none=0), "PROJECTION": one_of(*PROJECTIONS),
     "VGG": text(none="none"),
     "BATCH_SIZE": whole(2),  # BatchNorm needs two images to have a variance
-    "LEARNING_RATE": number(0, above=True), "WARMUP": FRACTION, "SEED": whole(0, 2**32 - 1),
+    "WARMUP": FRACTION, "SEED": whole(0, 2**32 - 1),
     "DEVICE": one_of("auto", "cuda", "cpu", "mps"),
     "PRECISION": one_of("auto", "fp32", "bf16", "fp16"), "GRAPH": switch(),
     "CHECKPOINT_DIR": file_path(), "OUTPUT_DIR": file_path(),
@@ -141,7 +145,7 @@ def train_teacher(run):
     torch.manual_seed(s.seed)
     teacher = StandardVAE(s.teacher_latent_dim, s.teacher_channels)
     teacher.to(run.device, memory_format=torch.channels_last)
-    stage = Stage("teacher", teacher, s.teacher_epochs, run)
+    stage = Stage("teacher", teacher, s.teacher_epochs, "adam", s.teacher_learning_rate, run)
     optimizer = stage.optimizer
 
     def step():
@@ -206,7 +210,9 @@ def distil_student(run, teacher, teacher_rows, vgg, student):
     if vgg:
         vgg = VGGFeatures(vgg, DTYPES[run.precision]).to(run.device)
     seen = s.perceptual_images // world_size() or None  # of this process's part of a batch
-    stage = Stage("student", student, s.epochs, run, projection, val_mu)
+    stage = Stage(
+        "student", student, s.epochs, s.optimizer, s.learning_rate, run, projection, val_mu
+    )
     optimizer = stage.optimizer
 
     def step():

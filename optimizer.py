@@ -1,4 +1,4 @@
-"""The optimiser of both stages: Adam, its learning rate over the steps, loss scaling in fp16."""
+"""The optimiser: Adam, Muon for matrices, the learning rate over steps, loss scaling in fp16."""
 
 import math
 
@@ -18,11 +18,64 @@ def one_cycle(step, steps, warmup):
     return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
 
 
-class OneCycleAdam:
-    """Adam whose learning rate follows `one_cycle`.
+class Muon(torch.optim.Optimizer):
+    """Steps of one size in every direction: the momentum's nearest orthogonal matrix.
+
+    Jordan et al. 2024, "Muon: an optimizer for hidden layers in neural networks". A convolution's
+    kernel counts as the matrix that takes a patch to a position, a transposed one's as that which
+    takes a position to a patch. The factor 0.2 √(larger side) gives a step the size of one of
+    Adam's, so that the same learning rates fit: Liu et al. 2025, arXiv:2502.16982, section 2.2.
+
+    torch.optim.Muon takes no kernels, works in bfloat16, and reads its learning rate back from the
+    device, which a CUDA graph forbids.
 
     Args:
-        parameters: what to train; frozen ones are left out.
+        parameters: of two dimensions or more.
+        lr: learning rate, a tensor with one number.
+        momentum: weight of the earlier gradients in their average.
+    """
+
+    def __init__(self, parameters, lr, momentum=0.95):
+        super().__init__(parameters, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                if not state:
+                    state["average"] = torch.zeros_like(parameter)
+                average = state["average"].lerp_(parameter.grad, 1 - group["momentum"])
+                ahead = parameter.grad.lerp(average, group["momentum"])  # Nesterov's
+                matrix = ahead.flatten(1)
+                scale = 0.2 * math.sqrt(max(matrix.shape)) * group["lr"]
+                parameter -= scale * orthogonalize(matrix).view(parameter.shape)
+
+
+def orthogonalize(matrix, steps=5):
+    """A matrix with its singular values moved to near 1, between about 0.7 and 1.2.
+
+    The Newton–Schulz iteration of Jordan et al. 2024, of degree five: matrix products alone. Its
+    coefficients lift small singular values fast and do not let them settle at exactly 1.
+    """
+    is_tall = matrix.shape[0] > matrix.shape[1]
+    x = matrix.T if is_tall else matrix
+    x = x / (x.norm() + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x.T.contiguous() if is_tall else x
+
+
+class OneCycleOptimizer:
+    """Adam, with Muon for those parameters that are to have it; their learning rate follows
+    `one_cycle`.
+
+    Args:
+        parameters: what Adam trains; frozen ones are left out.
+        matrices: what Muon trains, if anything.
         peak: the largest learning rate.
         warmup: fraction of the steps over which it rises.
         steps: how many there are in all.
@@ -30,15 +83,19 @@ class OneCycleAdam:
         capturable: whether steps are recorded as a CUDA graph.
     """
 
-    def __init__(self, parameters, peak, warmup, steps, device, precision, capturable=False):
-        self.parameters = [parameter for parameter in parameters if parameter.requires_grad]
+    def __init__(
+        self, parameters, matrices, peak, warmup, steps, device, precision, capturable=False
+    ):
+        parameters = [parameter for parameter in parameters if parameter.requires_grad]
+        self.parameters = parameters + matrices
         rates = [peak * one_cycle(step, steps, warmup) for step in range(steps)]
         self.rates = torch.tensor(rates, device=device)
         self.learning_rate = torch.tensor(peak, device=device)  # a tensor, for the CUDA graph
         self.capturable = capturable
         self.adam = torch.optim.Adam(
-            self.parameters, lr=self.learning_rate, fused=True, capturable=capturable
+            parameters, lr=self.learning_rate, fused=True, capturable=capturable
         )
+        self.muon = Muon(matrices, self.learning_rate) if matrices else None
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
 
     def set_step(self, step):
@@ -47,20 +104,30 @@ class OneCycleAdam:
 
     def backward(self, loss):
         """Gradients of the loss, averaged over the processes."""
-        self.adam.zero_grad()
+        for parameter in self.parameters:
+            parameter.grad = None
         self.scaler.scale(loss).backward()
         average([parameter.grad for parameter in self.parameters if parameter.grad is not None])
 
     def step(self):
         self.scaler.step(self.adam)
+        if self.muon:  # fp16 alone has a scaler, and is refused
+            self.muon.step()
         self.scaler.update()
 
     def state_dict(self):
-        return {"optimizer": self.adam.state_dict(), "scaler": self.scaler.state_dict()}
+        return {
+            "optimizer": self.adam.state_dict(),
+            "muon": self.muon.state_dict() if self.muon else {},
+            "scaler": self.scaler.state_dict(),
+        }
 
     def load_state_dict(self, state):
         self.adam.load_state_dict(state["optimizer"])
         for group in self.adam.param_groups:
             group["lr"], group["capturable"] = self.learning_rate, self.capturable
+        if self.muon:
+            self.muon.load_state_dict(state["muon"])
+            self.muon.param_groups[0]["lr"] = self.learning_rate
         if state["scaler"]:  # empty but for fp16
             self.scaler.load_state_dict(state["scaler"])

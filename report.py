@@ -21,7 +21,10 @@ def print_summary(run):
     if s.teacher:
         teacher = f"StandardVAE, {s.teacher}"
     elif run.needs_teacher:
-        teacher = f"StandardVAE, {s.teacher_epochs} epochs, beta {s.teacher_kl_weight:g}"
+        teacher = (
+            f"StandardVAE, {s.teacher_epochs} epochs, beta {s.teacher_kl_weight:g}, Adam, peak "
+            f"learning rate {s.teacher_learning_rate:g}"
+        )
     print(
         f"images       {record['data']}: {record['train_images']:,} to train on, "
         f"{record['val_images']:,} held out\n"
@@ -31,8 +34,8 @@ def print_summary(run):
         f"             KL × {s.kl_scale:g}, perceptual × {s.perceptual_scale:g}; effective beta "
         f"{'none' if beta is None else f'{beta:.3g}'} (KL against the reconstruction term alone)\n"
         f"VGG16        {record['vgg_weights']}\n"
-        f"optimiser    Adam, peak learning rate {s.learning_rate:g}, batch {s.batch_size}, "
-        f"seed {s.seed}\n"
+        f"optimiser    {s.optimizer.capitalize()}, peak learning rate {s.learning_rate:g}, batch "
+        f"{s.batch_size}, seed {s.seed}\n"
         f"device       {record['device_name']}, {run.precision}"
         f"{f', {processes} processes' if processes > 1 else ''}\n"
         f"checkpoints  {s.checkpoint_dir}\n"

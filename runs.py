@@ -41,7 +41,7 @@ COLUMNS = (  # of metrics.csv; kl is in nats / 3072, *_weighted are the parts of
 # What makes a teacher the same teacher.
 TEACHER_RECIPE = (
     "pixels_sha256", "teacher_architecture", "teacher_epochs", "teacher_kl_weight", "batch_size",
-    "learning_rate", "warmup", "seed",
+    "teacher_learning_rate", "warmup", "seed",
 )
 # Settings that do not make a run another run: these may change on --resume. Data, weights and
 # shapes are compared by their fingerprints instead of their names.
@@ -98,6 +98,11 @@ def begin(settings, device):
     """
     s = settings
     precision = pick_precision(s.precision, device)
+    if s.optimizer == "muon" and precision == "fp16":
+        raise InputError(
+            "muon does not scale its gradients, which fp16 needs: use --precision fp32, or "
+            "--optimizer adam"
+        )
     refuse_earlier_run(s)
     for path in (s.teacher, s.start):
         if path and path.resolve() in find_files(s, RUN_FILES):
@@ -108,7 +113,7 @@ def begin(settings, device):
     teacher_record, student = {"teacher_sha256": ""}, None  # a teacher of stage 1 has its recipe
     if s.teacher:
         teacher, checkpoint = load_model(s.teacher, StandardVAE)
-        known = ("teacher_epochs", "teacher_kl_weight")
+        known = ("teacher_epochs", "teacher_kl_weight", "teacher_learning_rate")
         teacher_record = {key: checkpoint.get("record", {}).get(key) for key in known}
         teacher_record["teacher_sha256"] = fingerprint(teacher)
         s.teacher_latent_dim = teacher.architecture["latent_dim"]

@@ -44,6 +44,7 @@ from testing import (
     TINY,
     assert_same_run,
     assert_same_weights,
+    assert_same_weights,
     contents,
     copy_of,
     folders,
@@ -328,7 +329,7 @@ def test_the_projection_of_a_trained_student_starts_nearest_to_its_code(kind):
 
 def stage_of(vae, images, epochs=1, batch_size=8, **settings):
     """A stage on the CPU, in fp32, outside of any run."""
-    settings = {"learning_rate": 1e-3, "warmup": 0.25, "seed": 0, "graph": False} | settings
+    settings = {"warmup": 0.25, "seed": 0, "graph": False} | settings
     run = SimpleNamespace(
         settings=SimpleNamespace(batch_size=batch_size, **settings),
         device=torch.device("cpu"),
@@ -336,7 +337,7 @@ def stage_of(vae, images, epochs=1, batch_size=8, **settings):
         images=images,
         val_images=images,
     )
-    return training.Stage("student", vae, epochs, run)
+    return training.Stage("student", vae, epochs, "adam", 1e-3, run)
 
 
 def test_the_learning_rate_rises_linearly_then_falls_to_zero_as_a_cosine():
@@ -354,6 +355,52 @@ def test_the_learning_rate_rises_linearly_then_falls_to_zero_as_a_cosine():
     assert rates == pytest.approx([0.5, 1, *cosine])
     assert progress == pytest.approx([step / 8 for step in range(8)])
     assert [optimizer.one_cycle(step, 8, 0.25) for step in range(8)] == pytest.approx(rates)
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (8, 40), (40, 8)])
+def test_orthogonalize_moves_singular_values_to_near_1_and_nothing_else(shape):
+    u, _, v = torch.linalg.svd(random_normal(*shape), full_matrices=False)
+    found = optimizer.orthogonalize(u * torch.logspace(0, -2, 8) @ v)
+    values = u.T @ found @ v.T
+    assert all(0.65 < value < 1.25 for value in values.diagonal())
+    torch.testing.assert_close(values, values.diagonal().diag(), atol=1e-4, rtol=0)
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="needs torch 2.9 or later")
+def test_muon_is_that_of_torch_for_matrices_and_takes_kernels_as_matrices():
+    start, gradients = random_normal(6, 36), random_normal(4, 6, 36)
+    matrix, kernel, reference = (torch.nn.Parameter(start.clone()) for _ in range(3))
+    kernel.data = kernel.data.view(6, 4, 3, 3).contiguous(memory_format=torch.channels_last)
+    steppers = [optimizer.Muon([p], torch.tensor(0.01)) for p in (matrix, kernel)]
+    steppers.append(
+        torch.optim.Muon([reference], 0.01, weight_decay=0, adjust_lr_fn="match_rms_adamw")
+    )
+    for gradient in gradients:
+        matrix.grad, reference.grad, kernel.grad = gradient, gradient, gradient.view(6, 4, 3, 3)
+        for stepper in steppers:
+            stepper.step()
+    torch.testing.assert_close(kernel.flatten(1), matrix)
+    moved = (matrix - start).norm()
+    assert (matrix - reference).norm() < 0.02 * moved  # torch's works in bfloat16
+
+
+def test_muon_trains_kernels_and_matrices_and_adam_the_rest(tmp_path, monkeypatch):
+    stages, graphed = [], training.Stage.graphed
+    monkeypatch.setattr(
+        training.Stage, "graphed", lambda self, step: stages.append(self) or graphed(self, step)
+    )
+    flags = ("--teacher-epochs", "1", "--epochs", "1", "--optimizer", "muon")
+    train(tmp_path, *flags, "--learning-rate", "0.003", "--teacher-learning-rate", "0.002")
+    teacher, student = stages
+    assert teacher.optimizer.muon is None
+    (group,) = student.optimizer.muon.param_groups
+    by_muon = set(group["params"])
+    assert by_muon == {p for name, p in student.model.named_parameters() if p.ndim > 1}
+    (group,) = student.optimizer.adam.param_groups
+    assert student.projection.rotation.weight in set(group["params"])
+    assert not by_muon & set(group["params"])
+    peaks = [stage.optimizer.rates.max().item() for stage in stages]
+    assert peaks == pytest.approx([0.002, 0.003])
 
 
 def test_a_step_gets_each_image_of_an_epoch_once_with_its_index():
@@ -402,9 +449,12 @@ class NoLooking(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize(
+    ("precision", "optimizer"),
+    [("fp32", "adam"), ("bf16", "adam"), ("fp16", "adam"), ("fp32", "muon"), ("bf16", "muon")],
+)
 def test_a_training_step_reads_no_value_on_the_device(
-    precision, tmp_path, monkeypatch, without_pictures
+    precision, optimizer, tmp_path, monkeypatch, without_pictures
 ):
     # A CUDA graph cannot be made of one that does, and any other GPU would stand still for it.
     calls = Counter()
@@ -419,7 +469,7 @@ def test_a_training_step_reads_no_value_on_the_device(
 
     monkeypatch.setattr(training.Stage, "graphed", graphed)
     monkeypatch.setattr(runs, "pick_precision", lambda *_: precision)  # fp16 is refused on a CPU
-    train(tmp_path, "--teacher-epochs", "1", "--epochs", "1")
+    train(tmp_path, "--teacher-epochs", "1", "--epochs", "1", "--optimizer", optimizer)
     assert calls == {"teacher": 2, "student": 2}
     with NoLooking(), pytest.raises(AssertionError, match="looks at a value"):
         torch.ones(1).sum().item()
@@ -671,7 +721,8 @@ def test_a_second_run_replaces_nothing_unless_told_to(tiny_run):
         ((), r"--resume .* --overwrite .* another"),
         (("--resume", "--overwrite"), "give one of them"),
         (("--resume", "--epochs", "4"), r"other settings \(epochs was 3, is 4\)"),
-        (("--resume", "--learning-rate", "0.01"), r"learning_rate was 0\.001, is 0\.01"),
+        (("--resume", "--learning-rate", "0.01"), r"\(learning_rate was 0\.001, is 0\.01\)"),
+        (("--resume", "--optimizer", "muon"), r"\(optimizer was adam, is muon\)"),
         (("--resume", "--kl-scale", "1"), r"settings \(kl_scale was 0\.5, is 1\.0\): use"),
         (("--resume", "--perceptual-scale", "7"), r"\(perceptual_scale was 8\.0, is 7\.0\): use"),
         (("--resume", "--latent-variance", "1"), r"\(latent_variance was 0\.1, is 1\.0\): use"),
@@ -785,6 +836,9 @@ def test_what_cannot_work_is_refused_before_training(tmp_path, monkeypatch):
         train(tmp_path, *weights)
     with pytest.raises(InputError, match=r"the teacher has 32 latents, fewer than the .* 64"):
         train(tmp_path, "--teacher-latent-dim", "32")
+    with monkeypatch.context() as patch, pytest.raises(InputError, match="fp16 needs: use --prec"):
+        patch.setattr(runs, "pick_precision", lambda *_: "fp16")
+        train(tmp_path, "--optimizer", "muon")
     for flag in ("--teacher", "--start"):
         with pytest.raises(InputError, match=r"there is no checkpoint nowhere\.pth"):
             train(tmp_path, flag, "nowhere.pth")
@@ -1002,6 +1056,25 @@ def test_killed_in_either_stage_a_run_resumes_bit_for_bit(tiny_run, tmp_path):
     assert process.returncode == 0, output
     assert "Stage 1 skipped" in output and "Resuming the student after epoch 1" in output
     assert_same_run(run, tmp_path)
+
+
+def test_with_muon_a_run_resumes_bit_for_bit(tiny_run, tmp_path, monkeypatch, without_pictures):
+    run, _ = tiny_run
+    flags = (*teacher_of(run), "--epochs", "3", "--optimizer", "muon")
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train(whole, *flags)
+    steps = training.Stage.steps
+
+    def interrupted(self):
+        if len(self.rows) == 2:
+            raise KeyboardInterrupt
+        return steps(self)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(training.Stage, "steps", interrupted)
+        train(parts, *flags)
+    train(parts, *flags, "--resume")
+    assert_same_weights(whole, parts, "tinyvae_best.pth", "tinyvae_last.pth")
 
 
 def test_ctrl_c_ends_in_a_sentence(tmp_path):

@@ -17,7 +17,7 @@ from cuda_graph import StepGraph
 from data import shuffled_batches, to_float
 from distributed import average, copy_from_first, own_rows, share_batch_norm, world_size
 from metrics import EVALUATION_BATCH, effective_rank, evaluate_vae
-from optimizer import OneCycleAdam
+from optimizer import OneCycleOptimizer
 from runtime import InputError, autocast, progress_bar
 
 CALIBRATION_IMAGES = 5000  # training images that BatchNorm's statistics are taken from
@@ -30,12 +30,17 @@ class Stage:
         name: `teacher` or `student`.
         model: the VAE to train, on the run's device.
         epochs: how many this stage has in all.
+        optimizer: `adam`, or `muon` for the model's matrices and kernels, with Adam for the rest.
+        learning_rate: its peak.
         run: a Run of runs.py: settings, precision, images.
         projection: trained with the model, if there is one.
         val_teacher_mu: the teacher's mu of the held-out images, to watch the projection on.
     """
 
-    def __init__(self, name, model, epochs, run, projection=None, val_teacher_mu=None):
+    def __init__(
+        self, name, model, epochs, optimizer, learning_rate, run, projection=None,
+        val_teacher_mu=None,
+    ):
         settings = run.settings
         self.name, self.model, self.epoch_count, self.run = name, model, epochs, run
         self.projection, self.val_teacher_mu = projection, val_teacher_mu
@@ -46,11 +51,17 @@ class Stage:
             copy_from_first(projection)
         self.steps_per_epoch = len(run.images) // settings.batch_size
         self.is_graphed = settings.graph and run.device.type == "cuda" and world_size() == 1
-        parameters = [*model.parameters(), *(projection.parameters() if projection else ())]
+        parameters, matrices = list(model.parameters()), []
+        if optimizer == "muon":
+            matrices = [parameter for parameter in parameters if parameter.ndim > 1]
+            parameters = [parameter for parameter in parameters if parameter.ndim == 1]
+        if projection is not None:  # has a geometry of its own
+            parameters += projection.parameters()
         steps = epochs * self.steps_per_epoch
-        self.optimizer = OneCycleAdam(
+        self.optimizer = OneCycleOptimizer(
             parameters,
-            settings.learning_rate,
+            matrices,
+            learning_rate,
             settings.warmup,
             steps,
             run.device,
