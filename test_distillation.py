@@ -44,7 +44,6 @@ from testing import (
     TINY,
     assert_same_run,
     assert_same_weights,
-    assert_same_weights,
     contents,
     copy_of,
     folders,
