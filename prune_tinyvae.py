@@ -40,13 +40,13 @@ STUDENT = None  # a file in the checkpoint folder, or a path; None: the best one
 RATIOS = (0.4, 0.6, 0.8)  # fractions of the parameters to remove, one student for each
 FRESH = True  # beside each, a student of its size from random weights
 
-# --- Distillation, with the weights and the batch size at the top of distill_tinyvae.py ---
+# --- Distillation, with weights, optimiser and batch size as at the top of distill_tinyvae.py ---
 DATA = None  # as in distill_tinyvae.py; None: what the teacher was trained on
 LIMIT = 0  # train on the first N images; 0 uses all
 TEACHER = "teacher_vae.pth"  # a file in the checkpoint folder, or a path
 VGG = "imagenet"  # VGG16 of the perceptual term: imagenet, random, none, or a state dict's path
 EPOCHS = 5  # epochs of each student
-LEARNING_RATE = 1e-3  # Adam's, at the peak
+LEARNING_RATE = 1e-3  # at the peak
 SEED = 0  # of weights, image order and latent samples
 
 # --- Measuring ---
