@@ -394,7 +394,7 @@ def test_muon_trains_kernels_and_matrices_and_adam_the_rest(tmp_path, monkeypatc
     assert teacher.optimizer.muon is None
     (group,) = student.optimizer.muon.param_groups
     by_muon = set(group["params"])
-    assert by_muon == {p for name, p in student.model.named_parameters() if p.ndim > 1}
+    assert by_muon == {p for p in student.model.parameters() if p.ndim > 1}
     (group,) = student.optimizer.adam.param_groups
     assert student.projection.rotation.weight in set(group["params"])
     assert not by_muon & set(group["params"])
@@ -1057,21 +1057,26 @@ def test_killed_in_either_stage_a_run_resumes_bit_for_bit(tiny_run, tmp_path):
     assert_same_run(run, tmp_path)
 
 
-def test_with_muon_a_run_resumes_bit_for_bit(tiny_run, tmp_path, monkeypatch, without_pictures):
-    run, _ = tiny_run
-    flags = (*teacher_of(run), "--epochs", "3", "--optimizer", "muon")
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    train(whole, *flags)
+def train_until_interrupted(monkeypatch, epochs, *arguments):
+    """`train`, with Ctrl-C after this many of the student's epochs."""
     steps = training.Stage.steps
 
     def interrupted(self):
-        if len(self.rows) == 2:
+        if self.name == "student" and len(self.rows) == epochs:
             raise KeyboardInterrupt
         return steps(self)
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         patch.setattr(training.Stage, "steps", interrupted)
-        train(parts, *flags)
+        train(*arguments)
+
+
+def test_with_muon_a_run_resumes_bit_for_bit(tiny_run, tmp_path, monkeypatch, without_pictures):
+    run, _ = tiny_run
+    flags = (*teacher_of(run), "--epochs", "3", "--optimizer", "muon")
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train(whole, *flags)
+    train_until_interrupted(monkeypatch, 2, parts, *flags)
     train(parts, *flags, "--resume")
     assert_same_weights(whole, parts, "tinyvae_best.pth", "tinyvae_last.pth")
 
@@ -1220,16 +1225,7 @@ def test_a_run_on_cuda(tmp_path, precision, monkeypatch):
     skip_without_bf16(precision)
     monkeypatch.setattr(cuda_graph, "STEPS_BEFORE_CAPTURE", 1)
     flags = ("--device", "cuda", "--precision", precision)
-    steps = training.Stage.steps
-
-    def interrupted(self):
-        if self.name == "student" and len(self.rows) == 1:
-            raise KeyboardInterrupt
-        return steps(self)
-
-    with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(training.Stage, "steps", interrupted)
-        train(tmp_path, *flags)
+    train_until_interrupted(monkeypatch, 1, tmp_path, *flags)
     train(tmp_path, *flags, "--resume")
     assert len(read_rows(tmp_path)) == 6
     state = storage.load_checkpoint(tmp_path / "checkpoints" / "tinyvae_last.pth")
