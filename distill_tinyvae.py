@@ -17,6 +17,7 @@ and BatchNorm's statistics in training.py.
 
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -76,10 +77,12 @@ LATENT_FADE = 0.3  # fraction of the steps over which the latent term fades; 0: 
 LATENT_FLOOR = 0.1  # fraction of the latent term that remains when it has faded; 1: all
 OUTPUT_WEIGHT = 0.2  # divergence from the teacher's softened pixels, of the mean
 OUTPUT_TARGET = "teacher"  # teacher, or image: the image itself in the place of its output
-TEMPERATURE = 3.0  # T of the output term; higher: dark and bright pixels weigh more
+OUTPUT_LOSS = "softened"  # softened: divergence at T; or squared: squared error of pixels
+TEMPERATURE = 3.0  # T of the softened output term; higher: dark and bright pixels weigh more
 PERCEPTUAL_WEIGHT = 0.1  # squared distance of VGG16 features, of the mean
 PERCEPTUAL_SCALE = 8.0  # times PERCEPTUAL_WEIGHT: a mean over channels of unit vectors is small
 PERCEPTUAL_IMAGES = 4  # images of each batch that VGG16 sees; 0: all, less noisy and far slower
+PERCEPTUAL_START = 0.0  # fraction of the epochs before the perceptual term begins
 PROJECTION = "orthonormal"  # of the teacher's mu, learned; or fixed, random, free (losses.py)
 VGG = "imagenet"  # imagenet (downloaded), random (untrained), none, or a state dict's path
 
@@ -115,10 +118,11 @@ KINDS = {
     "RECONSTRUCTION_WEIGHT": AT_LEAST_0, "KL_WEIGHT": AT_LEAST_0, "KL_SCALE": number(0, above=True),
     "LATENT_WEIGHT": AT_LEAST_0, "LATENT_VARIANCE": number(0, above=True), "LATENT_FADE": FRACTION,
     "LATENT_FLOOR": FRACTION, "OUTPUT_WEIGHT": AT_LEAST_0,
-    "OUTPUT_TARGET": one_of("teacher", "image"), "TEMPERATURE": number(0, above=True),
+    "OUTPUT_TARGET": one_of("teacher", "image"), "OUTPUT_LOSS": one_of("softened", "squared"),
+    "TEMPERATURE": number(0, above=True),
     "PERCEPTUAL_WEIGHT": AT_LEAST_0, "PERCEPTUAL_SCALE": number(0, above=True),
-    "PERCEPTUAL_IMAGES": whole(0, none=0), "PROJECTION": one_of(*PROJECTIONS),
-    "VGG": text(none="none"),
+    "PERCEPTUAL_IMAGES": whole(0, none=0), "PERCEPTUAL_START": FRACTION,
+    "PROJECTION": one_of(*PROJECTIONS), "VGG": text(none="none"),
     "BATCH_SIZE": whole(2),  # BatchNorm needs two images to have a variance
     "WARMUP": FRACTION, "SEED": whole(0, 2**32 - 1),
     "DEVICE": one_of("auto", "cuda", "cpu", "mps"),
@@ -215,7 +219,7 @@ def distil_student(run, teacher, teacher_rows, vgg, student):
     )
     optimizer = stage.optimizer
 
-    def step():
+    def step(has_perceptual):
         images, noise, index = stage.next_batch()
         with autocast(run.device, run.precision):
             mu, logvar = student.encode(images)
@@ -233,10 +237,9 @@ def distil_student(run, teacher, teacher_rows, vgg, student):
                 "kl": s.kl_weight and kl_loss(mu, logvar),
                 "latent": s.latent_weight
                 and latent_distillation_loss(mu, projection(targets.mu[index]), s.latent_variance),
-                "output": s.output_weight
-                and output_distillation_loss(mean_logits[0], target(images, index), s.temperature),
+                "output": s.output_weight and output_loss(mean_logits[0], images, index),
                 "perceptual": s.perceptual_weight
-                and perceptual_loss(vgg, torch.sigmoid(mean_logits[0][:seen]), images[:seen]),
+                and perceptual(mean_logits[0], images, has_perceptual),
             }
             weighted = {
                 "reconstruction": s.reconstruction_weight * terms["reconstruction"],
@@ -252,10 +255,19 @@ def distil_student(run, teacher, teacher_rows, vgg, student):
             projection.retract()  # rows orthonormal again, after a step away from it
         stage.log(loss, terms, weighted)
 
-    def target(images, index):
-        if s.output_target == "image":
-            return images.clamp(0.02, 0.98).logit()  # black and white have no logit
-        return targets.logits[index]
+    def perceptual(logits, images, is_on):
+        if not is_on:
+            return torch.zeros((), device=run.device)  # a term of metrics.csv from the start
+        return perceptual_loss(vgg, torch.sigmoid(logits[:seen]), images[:seen])
+
+    def output_loss(logits, images, index):
+        is_image = s.output_target == "image"
+        if s.output_loss == "squared":
+            target = images if is_image else torch.sigmoid(targets.logits[index].float())
+            return reconstruction_loss(torch.sigmoid(logits), target)
+        # Black and white have no logit.
+        target = images.clamp(0.02, 0.98).logit() if is_image else targets.logits[index]
+        return output_distillation_loss(logits, target, s.temperature)
 
     def fade():
         """The latent term helps at the start; at full weight to the end, the error is higher."""
@@ -265,10 +277,11 @@ def distil_student(run, teacher, teacher_rows, vgg, student):
 
     runs.resume(stage, runs.STUDENT_STATE)
     runs.save_student(stage, teacher, teacher_rows)
-    step = stage.graphed(step)
-    for _ in stage.epochs():
+    early, late = (stage.graphed(partial(step, is_late)) for is_late in (False, True))
+    for epoch in stage.epochs():
+        is_late = epoch > s.perceptual_start * s.epochs
         for _ in stage.steps():
-            step()
+            late() if is_late else early()
         stage.validate()
         runs.save_student(stage, teacher, teacher_rows)
     return runs.best_student(run), teacher_rows + stage.rows

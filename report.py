@@ -17,6 +17,7 @@ def print_summary(run):
     s, record = run.settings, run.record
     weights = ", ".join(f"{term} {getattr(s, f'{term}_weight'):g}" for term in TERMS)
     beta, processes = record["effective_beta"], record["processes"]
+    output = f"at T = {s.temperature:g}" if s.output_loss == "softened" else "squared"
     teacher = "none: no term needs one"
     if s.teacher:
         teacher = f"StandardVAE, {s.teacher}"
@@ -30,8 +31,10 @@ def print_summary(run):
         f"{record['val_images']:,} held out\n"
         f"teacher      {teacher}\n"
         f"student      TinyVAE32, {s.epochs} epochs, from {s.start or 'random weights'}\n"
-        f"loss         {weights}; T = {s.temperature:g}\n"
-        f"             KL × {s.kl_scale:g}, perceptual × {s.perceptual_scale:g}; effective beta "
+        f"loss         {weights}\n"
+        f"             output: the {s.output_target}'s pixels, {output}; perceptual × "
+        f"{s.perceptual_scale:g}, from {s.perceptual_start:.0%} of the epochs on\n"
+        f"             KL × {s.kl_scale:g}; effective beta "
         f"{'none' if beta is None else f'{beta:.3g}'} (KL against the reconstruction term alone)\n"
         f"VGG16        {record['vgg_weights']}\n"
         f"optimiser    {s.optimizer.capitalize()}, peak learning rate {s.learning_rate:g}, batch "

@@ -640,6 +640,61 @@ def test_the_output_term_can_have_the_image_for_its_target(
         torch.testing.assert_close(target, batch.clamp(0.02, 0.98), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("target", ["teacher", "image"])
+def test_the_output_term_can_be_a_squared_error_of_pixels(
+    target, tiny_run, tmp_path, monkeypatch, without_pictures
+):
+    run, _ = tiny_run
+    compared, images = [], []
+    next_batch = training.Stage.next_batch
+
+    def spy_batch(self):
+        batch = next_batch(self)
+        images.append(batch[0])
+        return batch
+
+    def spy_loss(reconstruction, wanted):
+        compared.append((reconstruction, wanted))
+        return losses.reconstruction_loss(reconstruction, wanted)
+
+    monkeypatch.setattr(training.Stage, "next_batch", spy_batch)
+    monkeypatch.setattr(distill_tinyvae, "reconstruction_loss", spy_loss)
+    monkeypatch.setattr(distill_tinyvae, "output_distillation_loss", refuse)
+    flags = ("--output-loss", "squared", "--output-target", target, "--epochs", "1")
+    row = train(tmp_path, *teacher_of(run), *flags)[-1]
+    assert float(row["output"]) > 0
+    (of_sample, image), (of_mean, wanted) = compared[:2]  # one step: reconstruction, then output
+    assert torch.equal(image, images[0]) and not torch.equal(of_sample, of_mean)
+    if target == "image":
+        assert torch.equal(wanted, images[0])
+        return
+    teacher, _ = models.load_model(run / "checkpoints/teacher_vae.pth", StandardVAE)
+    with torch.no_grad():
+        expected = teacher.decode(teacher.encode(images[0])[0])
+    torch.testing.assert_close(wanted, expected, atol=1e-3, rtol=0)  # kept as fp16 logits
+
+
+def test_the_perceptual_term_starts_when_it_is_told(
+    tiny_run, tmp_path, monkeypatch, without_pictures
+):
+    run, _ = tiny_run
+    calls = []
+
+    def spy(*args):
+        calls.append(1)
+        return losses.perceptual_loss(*args)
+
+    monkeypatch.setattr(distill_tinyvae, "perceptual_loss", spy)
+    flags = (*teacher_of(run), "--epochs", "4", "--perceptual-start", "0.5")
+    rows = train(tmp_path, *flags)[-4:]
+    terms = [float(row["perceptual"]) for row in rows]
+    assert terms[:2] == [0, 0] and min(terms[2:]) > 0
+    assert len(calls) == 4  # two epochs of two steps
+    for row in rows:
+        parts = sum(float(row[f"{term}_weighted"]) for term in losses.TERMS)
+        assert parts == pytest.approx(float(row["loss"]), rel=1e-5)
+
+
 @pytest.mark.parametrize("kind", losses.PROJECTIONS)
 def test_each_projection_learns_as_it_is_called(
     kind, tiny_run, tmp_path, monkeypatch, without_pictures

@@ -434,7 +434,9 @@ def test_the_recipe_is_that_of_the_design():
     assert (found.learning_rate, found.temperature) == (1e-3, 3.0)
     assert [getattr(found, f"{term}_weight") for term in losses.TERMS] == [0.3, 0.1, 0.3, 0.2, 0.1]
     assert (found.kl_scale, found.latent_variance, found.latent_floor) == (0.5, 0.1, 0.1)
+    assert (found.output_target, found.output_loss) == ("teacher", "softened")
     assert (found.perceptual_scale, found.perceptual_images) == (8.0, 4)
+    assert found.perceptual_start == 0
 
 
 # --- The demo ---
