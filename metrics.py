@@ -66,6 +66,36 @@ def evaluate_images(reconstruct, images, with_ssim=False):
     return {name: torch.cat(values).mean().item() for name, values in found.items()}
 
 
+def luma_chroma(images):
+    """RGB in [0, 1] → brightness, N×1×H×W, and two colour differences, N×2×H×W (ITU-R BT.601)."""
+    red, green, blue = images.split(1, dim=1)
+    luma = 0.299 * red + 0.587 * green + 0.114 * blue
+    return luma, torch.cat([0.564 * (blue - luma), 0.713 * (red - luma)], 1)
+
+
+@torch.no_grad()
+def detail_kept(reconstruct, images):
+    """How much of the brightness and colour within an image `reconstruct(batch)` keeps.
+
+    The slope of a least-squares line of reconstruction on original over all pixels, each less its
+    mean over the image: 1 where contrasts are kept, 0 where every image is flat. Returns
+    luma_kept, chroma_kept, and mean_chroma_kept, the same of the images' mean colours.
+    """
+    kept = {"luma_kept": [], "chroma_kept": [], "mean_chroma_kept": []}
+    for chunk in images.split(EVALUATION_BATCH):
+        batch = to_float(chunk)
+        (luma, chroma), (luma_out, chroma_out) = map(luma_chroma, (batch, reconstruct(batch)))
+        mean, mean_out = (x.mean((2, 3), keepdim=True) for x in (chroma, chroma_out))
+        pairs = (
+            (luma - luma.mean((2, 3), keepdim=True), luma_out),
+            (chroma - mean, chroma_out),
+            (mean, mean_out),
+        )
+        for values, (original, found) in zip(kept.values(), pairs):
+            values.append(torch.stack([(original * found).sum(), original.square().sum()]))
+    return {name: (a / b).item() for name, (a, b) in ((n, sum(v)) for n, v in kept.items())}
+
+
 # --- VAEs ---
 
 

@@ -844,7 +844,7 @@ def test_a_teachers_state_that_is_left_over_is_removed(
 
 def test_overwrite_removes_what_was_made_of_the_old_student(tiny_run, tmp_path, monkeypatch):
     copy = copy_of(tiny_run[0], tmp_path)
-    evaluated = ("samples.png", "traversal.png", "evaluation.json")
+    evaluated = ("samples.png", "traversal.png", "colours.png", "evaluation.json")
     for name in (*evaluated, "note.txt"):
         (copy / "outputs" / name).touch()
 

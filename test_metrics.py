@@ -23,6 +23,34 @@ from tiny_vae_32 import TinyVAE32
 # --- Metrics ---
 
 
+def test_luma_and_chroma_of_known_colours():
+    colours = torch.tensor([[1.0, 1, 1], [0.502, 0.502, 0.502], [1, 0, 0], [0, 0, 1]])
+    luma, chroma = metrics.luma_chroma(colours[:, :, None, None])
+    assert luma.flatten().tolist() == pytest.approx([1, 0.502, 0.299, 0.114], abs=1e-3)
+    assert chroma[:2].abs().max() < 1e-6  # greys have no colour
+    assert chroma[2:].flatten().tolist() == pytest.approx([-0.169, 0.5, 0.5, -0.081], abs=1e-3)
+
+
+def test_detail_kept_tells_brightness_from_colour():
+    images = (random_images(600) * 255).byte()
+
+    def kept(reconstruct):
+        return list(metrics.detail_kept(reconstruct, images).values())
+
+    def grey(batch):
+        return metrics.luma_chroma(batch)[0].expand_as(batch)
+
+    def faded(batch):
+        return batch.mean((2, 3), keepdim=True) + 0.5 * (batch - batch.mean((2, 3), keepdim=True))
+
+    assert kept(lambda batch: batch) == pytest.approx([1, 1, 1])
+    assert kept(lambda batch: batch.mean((2, 3), keepdim=True).expand_as(batch)) == pytest.approx(
+        [0, 0, 1], abs=1e-4
+    )
+    assert kept(grey) == pytest.approx([1, 0, 0], abs=1e-4)
+    assert kept(faded) == pytest.approx([0.5, 0.5, 1], abs=1e-4)
+
+
 def test_psnr_of_known_errors():
     assert metrics.psnr(torch.tensor([1.0, 0.01])).tolist() == pytest.approx([0, 20])
 

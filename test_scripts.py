@@ -68,10 +68,10 @@ def test_evaluation_script(tiny_run, tmp_path, capsys):
     answer = printed[printed.index("On 64 test images of dead-leaves"):]
     assert f"MSE of {student['mse']:.5f} at {student['kl_nats']:.1f} nats" in answer
     assert "worse than PCA with 64 components" in answer and "times the teacher's error" in answer
-    assert answer.rstrip().endswith("traversal.png")
+    assert answer.rstrip().endswith("colours.png")
     assert {path.name for path in tmp_path.iterdir()} == {
         "evaluation.json", "reconstruction_test.png", "interpolation_test.png", "samples.png",
-        "traversal.png",
+        "traversal.png", "colours.png",
     }
     assert student["cka"] < record["results"]["teacher"]["cka"] == pytest.approx(1)
 

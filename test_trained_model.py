@@ -6,10 +6,10 @@
     python test_trained_model.py --student checkpoints/tinyvae_epoch_050.pth --data PATH
 
 Where no run has left a student in checkpoints/ it takes the released one. Prints two tables and the
-answer, writes evaluation.json, and draws reconstructions, interpolations, samples and a latent
-traversal from test images. Takes about a minute on 2 CPU cores for CIFAR-10's 10,000 test images,
-and three to five with a judge. All errors are of pixels in [0, 1], decoded from mu unless a sample
-is named.
+answer, writes evaluation.json, and draws reconstructions, interpolations, the most colourful test
+images, samples and a latent traversal. Takes about a minute on 2 CPU cores for CIFAR-10's 10,000
+test images, and three to five with a judge. All errors are of pixels in [0, 1], decoded from mu
+unless a sample is named.
 
 This is a script, not a pytest file: `pytest` runs the suite beside it and leaves it out.
 """
@@ -21,12 +21,14 @@ import torch
 from data import Split, spread, to_float
 from losses import kl_divergence
 from metrics import (
+    detail_kept,
     encode_means,
     evaluate_code,
     evaluate_images,
     evaluate_vae,
     fit_pca,
     interpolation_unevenness,
+    luma_chroma,
     sampled_mse,
     seconds_per_batch,
     vgg_distance,
@@ -105,6 +107,11 @@ REACH = 3.0  # standard deviations of the prior to which a traversal goes, eithe
 # --- Figures ---
 
 
+def decoded_mean(vae):
+    """images → what the VAE decodes from their mu."""
+    return lambda images: vae.decode(vae.encode(images)[0])
+
+
 def measure_vae(vae, images, precision, batch_size):
     """Every column of the table for a VAE, as numbers."""
     single, batch = to_float(images[:1]), to_float(images[:batch_size])
@@ -119,7 +126,8 @@ def measure_pca(pca, images):
     """The same for PCA; it has no rate and is not timed."""
     numbers = pca.mean.numel() + pca.components.numel()
     found = {"parameters": numbers, "weight_bytes": numbers * 4}
-    return found | evaluate_images(pca.reconstruct, images, with_ssim=True)
+    found |= evaluate_images(pca.reconstruct, images, with_ssim=True)
+    return found | detail_kept(pca.reconstruct, images)
 
 
 def table_row(name, found, teacher_bytes):
@@ -146,6 +154,7 @@ def measure_code(vae, teacher_mu, test, train, judge, judged):
     """Every column of the second table for a VAE, as numbers."""
     found = evaluate_code(vae, test, train, teacher_mu)
     found["sampled_mse"] = sampled_mse(vae, test.images)
+    found |= detail_kept(decoded_mean(vae), test.images)
     if judge:
         images = spread(test.images, judged)
         found["vgg_distance"] = vgg_distance(vae, images, judge)
@@ -165,6 +174,9 @@ def code_row(name, found):
         "CKA with teacher": column("cka", "{:.3f}"),
         "5-NN, %": column("knn_accuracy", "{:.1f}", 100),
         "linear probe, %": column("probe_accuracy", "{:.1f}", 100),
+        "brightness, %": column("luma_kept", "{:.0f}", 100),
+        "colour, %": column("chroma_kept", "{:.0f}", 100),
+        "mean colour, %": column("mean_chroma_kept", "{:.0f}", 100),
     }
 
 
@@ -215,6 +227,30 @@ def draw_traversal(path, images, model, title):
             show(axes[row][column], image)
             if row == 0:
                 axes[row][column].set_title(f"{values[column]:+.1f}", fontsize=8)
+    save_figure(figure, path)
+
+
+@torch.no_grad()
+def draw_colours(path, images, reconstructions, title):
+    """The images whose colours vary most within them, and what is kept of that, a row each.
+
+    Args:
+        path: the PNG to write.
+        images: uint8 images to choose from.
+        reconstructions: name → function of images in [0, 1].
+        title: what the picture shows.
+    """
+    variety = [luma_chroma(to_float(some))[1].var((2, 3)).sum(1) for some in images.split(1000)]
+    chosen = images[torch.cat(variety).topk(min(COLUMNS, len(images))).indices]
+    rows = {"original": to_float(chosen)}
+    for name, reconstruct in reconstructions.items():
+        kept = detail_kept(reconstruct, chosen)["chroma_kept"]
+        rows[f"{name}\n{kept:.0%} of colour"] = reconstruct(to_float(chosen))
+    figure, axes = image_grid(len(rows), len(chosen), title)
+    for row, (name, batch) in enumerate(rows.items()):
+        label_row(axes[row][0], name)
+        for ax, image in zip(axes[row], batch):
+            show(ax, image)
     save_figure(figure, path)
 
 
@@ -304,7 +340,7 @@ def evaluate(settings):
     teacher_bytes = found.get("teacher", {}).get("weight_bytes")
     print_table([table_row(name, numbers, teacher_bytes) for name, numbers in found.items()])
     print()
-    print_table([code_row(name, found[name]) for name in models])
+    print_table([code_row(name, numbers) for name, numbers in found.items()])
     print(
         "\nsmaller: the teacher's weights over these weights, both saved in fp32. PSNR: mean over "
         "images.\nSSIM: 11×11 Gaussian window, sigma 1.5, windows wholly inside the "
@@ -315,13 +351,17 @@ def evaluate(settings):
         "VGG distance: between VGG16 features of unit length, through relu3_3 (--judge). "
         "interpolation unevenness:\nhow much the VGG distance varies from step to step of "
         "a straight line between two codes, std / mean.\nCKA: similarity of mu to the teacher's, "
-        "0 to 1. 5-NN, linear probe: class accuracy from mu."
+        "0 to 1. 5-NN, linear probe: class accuracy from mu.\n"
+        "brightness, colour: how much of what varies within an image is kept, as the slope of the "
+        "reconstruction on\nthe original, each less its mean over the image; mean colour: the same "
+        "of these means."
     )
 
     title = f"{data}, test split"
     table = settings.output_dir / "evaluation.json"
     pictures = [settings.output_dir / name for name in (
         "reconstruction_test.png", "interpolation_test.png", "samples.png", "traversal.png",
+        "colours.png",
     )]
     write_json(
         table,
@@ -346,6 +386,9 @@ def evaluate(settings):
     draw_traversal(
         pictures[3], test.images, student, f"{title}: the student's latents that carry most nats"
     )
+    reconstructions = {name: decoded_mean(model) for name, model in models.items()}
+    reconstructions[f"PCA, {settings.pca_components}"] = pca.reconstruct
+    draw_colours(pictures[4], test.images, reconstructions, f"{title}: the most colourful images")
     print_answer(found, settings.pca_components, len(test.images), data)
     print("\nWritten:")
     for path in (table, *pictures):
