@@ -384,13 +384,16 @@ def test_muon_is_that_of_torch_for_matrices_and_takes_kernels_as_matrices():
 
 
 def test_muon_trains_kernels_and_matrices_and_adam_the_rest(tmp_path, monkeypatch):
-    stages, graphed = [], training.Stage.graphed
-    monkeypatch.setattr(
-        training.Stage, "graphed", lambda self, step: stages.append(self) or graphed(self, step)
-    )
+    stages, graphed = {}, training.Stage.graphed
+
+    def spy(self, step):
+        stages[self.name] = self
+        return graphed(self, step)
+
+    monkeypatch.setattr(training.Stage, "graphed", spy)
     flags = ("--teacher-epochs", "1", "--epochs", "1", "--optimizer", "muon")
     train(tmp_path, *flags, "--learning-rate", "0.003", "--teacher-learning-rate", "0.002")
-    teacher, student = stages
+    teacher, student = stages["teacher"], stages["student"]
     assert teacher.optimizer.muon is None
     (group,) = student.optimizer.muon.param_groups
     by_muon = set(group["params"])
@@ -398,7 +401,7 @@ def test_muon_trains_kernels_and_matrices_and_adam_the_rest(tmp_path, monkeypatc
     (group,) = student.optimizer.adam.param_groups
     assert student.projection.rotation.weight in set(group["params"])
     assert not by_muon & set(group["params"])
-    peaks = [stage.optimizer.rates.max().item() for stage in stages]
+    peaks = [stage.optimizer.rates.max().item() for stage in (teacher, student)]
     assert peaks == pytest.approx([0.002, 0.003])
 
 
