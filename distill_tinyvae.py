@@ -75,14 +75,14 @@ LATENT_WEIGHT = 0.3  # squared distance of mu to the teacher's projected mu, in 
 LATENT_VARIANCE = 0.1  # that distance is divided by 2 × this; near the posterior's variance
 LATENT_FADE = 0.3  # fraction of the steps over which the latent term fades; 0: it does not
 LATENT_FLOOR = 0.1  # fraction of the latent term that remains when it has faded; 1: all
-OUTPUT_WEIGHT = 0.2  # divergence from the teacher's softened pixels, of the mean
+OUTPUT_WEIGHT = 0.2  # difference from the teacher's pixels, of the mean
 OUTPUT_TARGET = "teacher"  # teacher, or image: the image itself in the place of its output
 OUTPUT_LOSS = "softened"  # softened: divergence at T; or squared: squared error of pixels
 TEMPERATURE = 3.0  # T of the softened output term; higher: dark and bright pixels weigh more
 PERCEPTUAL_WEIGHT = 0.1  # squared distance of VGG16 features, of the mean
 PERCEPTUAL_SCALE = 8.0  # times PERCEPTUAL_WEIGHT: a mean over channels of unit vectors is small
 PERCEPTUAL_IMAGES = 4  # images of each batch that VGG16 sees; 0: all, less noisy and far slower
-PERCEPTUAL_START = 0.0  # fraction of the epochs before the perceptual term begins
+PERCEPTUAL_START = 0.0  # fraction of the epochs before the perceptual term begins; 1: never
 PROJECTION = "orthonormal"  # of the teacher's mu, learned; or fixed, random, free (losses.py)
 VGG = "imagenet"  # imagenet (downloaded), random (untrained), none, or a state dict's path
 
