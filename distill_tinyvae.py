@@ -228,18 +228,20 @@ def distil_student(run, teacher, teacher_rows, vgg, student):
             # Users decode mu, so output and perceptual terms see what is decoded from it; one pass
             # for both, so that BatchNorm's statistics are of both.
             latents = torch.cat([z, mu]) if s.output_weight or s.perceptual_weight else z
-            logits, *mean_logits = student.decode_logits(latents).float().split(len(z))
+            logits = student.decode_logits(latents).float()
+            of_sample, *of_mean = torch.sigmoid(logits).split(len(z))
 
             # A term of weight zero is not computed.
             terms = {
                 "reconstruction": s.reconstruction_weight
-                and reconstruction_loss(torch.sigmoid(logits), images),
+                and reconstruction_loss(of_sample, images),
                 "kl": s.kl_weight and kl_loss(mu, logvar),
                 "latent": s.latent_weight
                 and latent_distillation_loss(mu, projection(targets.mu[index]), s.latent_variance),
-                "output": s.output_weight and output_loss(mean_logits[0], images, index),
+                "output": s.output_weight
+                and output_loss(of_mean[0], logits[len(z) :], images, index),
                 "perceptual": s.perceptual_weight
-                and perceptual(mean_logits[0], images, has_perceptual),
+                and perceptual(of_mean[0], images, has_perceptual),
             }
             weighted = {
                 "reconstruction": s.reconstruction_weight * terms["reconstruction"],
@@ -255,16 +257,16 @@ def distil_student(run, teacher, teacher_rows, vgg, student):
             projection.retract()  # rows orthonormal again, after a step away from it
         stage.log(loss, terms, weighted)
 
-    def perceptual(logits, images, is_on):
+    def perceptual(reconstruction, images, is_on):
         if not is_on:
             return torch.zeros((), device=run.device)  # a term of metrics.csv from the start
-        return perceptual_loss(vgg, torch.sigmoid(logits[:seen]), images[:seen])
+        return perceptual_loss(vgg, reconstruction[:seen], images[:seen])
 
-    def output_loss(logits, images, index):
+    def output_loss(reconstruction, logits, images, index):
         is_image = s.output_target == "image"
         if s.output_loss == "squared":
             target = images if is_image else torch.sigmoid(targets.logits[index].float())
-            return reconstruction_loss(torch.sigmoid(logits), target)
+            return reconstruction_loss(reconstruction, target)
         # Black and white have no logit.
         target = images.clamp(0.02, 0.98).logit() if is_image else targets.logits[index]
         return output_distillation_loss(logits, target, s.temperature)

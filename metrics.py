@@ -52,9 +52,16 @@ def ssim(images, others):
 
 
 @torch.no_grad()
-def evaluate_images(reconstruct, images, with_ssim=False):
-    """Mean over images of MSE, PSNR (dB) and, if asked for, SSIM of `reconstruct(batch)`."""
+def evaluate_images(reconstruct, images, with_ssim=False, with_detail=False):
+    """Mean over images of MSE, PSNR (dB) and, if asked for, SSIM of `reconstruct(batch)`.
+
+    With `with_detail` also how much of the brightness and colour within an image is kept: the slope
+    of a least-squares line of reconstruction on original over all pixels, each less its mean over
+    the image. It is 1 where contrasts are kept, 0 where every image is flat. luma_kept,
+    chroma_kept, and mean_chroma_kept, the same of the images' mean colours.
+    """
     found = {"mse": [], "psnr": []} | ({"ssim": []} if with_ssim else {})
+    products = torch.zeros(3, 2, device=images.device)
     for chunk in images.split(EVALUATION_BATCH):
         batch = to_float(chunk)
         reconstruction = reconstruct(batch)
@@ -63,7 +70,13 @@ def evaluate_images(reconstruct, images, with_ssim=False):
         found["psnr"].append(psnr(mse))
         if with_ssim:
             found["ssim"].append(ssim(reconstruction, batch))
-    return {name: torch.cat(values).mean().item() for name, values in found.items()}
+        if with_detail:
+            products += detail_products(batch, reconstruction)
+    found = {name: torch.cat(values).mean().item() for name, values in found.items()}
+    if with_detail:
+        names = ("luma_kept", "chroma_kept", "mean_chroma_kept")
+        found |= dict(zip(names, (products[:, 0] / products[:, 1]).tolist()))
+    return found
 
 
 def luma_chroma(images):
@@ -73,34 +86,25 @@ def luma_chroma(images):
     return luma, torch.cat([0.564 * (blue - luma), 0.713 * (red - luma)], 1)
 
 
-@torch.no_grad()
-def detail_kept(reconstruct, images):
-    """How much of the brightness and colour within an image `reconstruct(batch)` keeps.
-
-    The slope of a least-squares line of reconstruction on original over all pixels, each less its
-    mean over the image: 1 where contrasts are kept, 0 where every image is flat. Returns
-    luma_kept, chroma_kept, and mean_chroma_kept, the same of the images' mean colours.
-    """
-    kept = {"luma_kept": [], "chroma_kept": [], "mean_chroma_kept": []}
-    for chunk in images.split(EVALUATION_BATCH):
-        batch = to_float(chunk)
-        (luma, chroma), (luma_out, chroma_out) = map(luma_chroma, (batch, reconstruct(batch)))
-        mean, mean_out = (x.mean((2, 3), keepdim=True) for x in (chroma, chroma_out))
-        pairs = (
-            (luma - luma.mean((2, 3), keepdim=True), luma_out),
-            (chroma - mean, chroma_out),
-            (mean, mean_out),
-        )
-        for values, (original, found) in zip(kept.values(), pairs):
-            values.append(torch.stack([(original * found).sum(), original.square().sum()]))
-    return {name: (a / b).item() for name, (a, b) in ((n, sum(v)) for n, v in kept.items())}
+def detail_products(images, others):
+    """For brightness within an image, colour within an image, and its mean colour: the sums of
+    original × other and of original², 3×2."""
+    (luma, chroma), (luma_out, chroma_out) = map(luma_chroma, (images, others))
+    mean, mean_out = (x.mean((2, 3), keepdim=True) for x in (chroma, chroma_out))
+    pairs = (
+        (luma - luma.mean((2, 3), keepdim=True), luma_out),
+        (chroma - mean, chroma_out),
+        (mean, mean_out),
+    )
+    sums = [[(original * other).sum(), original.square().sum()] for original, other in pairs]
+    return torch.stack([torch.stack(pair) for pair in sums])
 
 
 # --- VAEs ---
 
 
 @torch.no_grad()
-def evaluate_vae(vae, images, precision="fp32", with_ssim=False):
+def evaluate_vae(vae, images, precision="fp32", with_ssim=False, with_detail=False):
     """What `evaluate_images` finds, and the code's rate. Leaves the model in evaluation mode.
 
     kl_nats is the total KL of an image in nats, kl_per_latent the same divided by the latents,
@@ -117,7 +121,7 @@ def evaluate_vae(vae, images, precision="fp32", with_ssim=False):
         codes.append((mu.float(), logvar.float()))
         return reconstruction.float()
 
-    found = evaluate_images(reconstruct, images, with_ssim)
+    found = evaluate_images(reconstruct, images, with_ssim, with_detail)
     mu, logvar = (torch.cat(values) for values in zip(*codes))
     kl_nats = kl_divergence(mu, logvar).sum(1).mean().item()
     return found | {

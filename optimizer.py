@@ -27,13 +27,15 @@ class Muon(torch.optim.Optimizer):
     Adam's, so that the same learning rates fit: Liu et al. 2025, arXiv:2502.16982, section 2.2.
 
     torch.optim.Muon takes no kernels, works in bfloat16, and reads its learning rate back from the
-    device, which a CUDA graph forbids.
+    device, which a CUDA graph forbids. Under a GradScaler, gradients that overflow count as zero.
 
     Args:
         parameters: of two dimensions or more.
         lr: learning rate, a tensor with one number.
         momentum: weight of the earlier gradients in their average.
     """
+
+    _step_supports_amp_scaling = True  # GradScaler sets grad_scale and found_inf, as for fused Adam
 
     def __init__(self, parameters, lr, momentum=0.95):
         super().__init__(parameters, {"lr": lr, "momentum": momentum})
@@ -47,8 +49,11 @@ class Muon(torch.optim.Optimizer):
                 state = self.state[parameter]
                 if not state:
                     state["average"] = torch.zeros_like(parameter)
-                average = state["average"].lerp_(parameter.grad, 1 - group["momentum"])
-                ahead = parameter.grad.lerp(average, group["momentum"])  # Nesterov's
+                gradient = parameter.grad
+                if hasattr(self, "found_inf"):
+                    gradient = (gradient / self.grad_scale).where(self.found_inf == 0, 0)
+                average = state["average"].lerp_(gradient, 1 - group["momentum"])
+                ahead = gradient.lerp(average, group["momentum"])  # Nesterov's
                 matrix = ahead.flatten(1)
                 scale = 0.2 * math.sqrt(max(matrix.shape)) * group["lr"]
                 parameter -= scale * orthogonalize(matrix).view(parameter.shape)
@@ -111,8 +116,8 @@ class OneCycleOptimizer:
 
     def step(self):
         self.scaler.step(self.adam)
-        if self.muon:  # fp16 alone has a scaler, and is refused
-            self.muon.step()
+        if self.muon:
+            self.scaler.step(self.muon)
         self.scaler.update()
 
     def state_dict(self):

@@ -98,11 +98,6 @@ def begin(settings, device):
     """
     s = settings
     precision = pick_precision(s.precision, device)
-    if s.optimizer == "muon" and precision == "fp16":
-        raise InputError(
-            "muon does not scale its gradients, which fp16 needs: use --precision fp32, or "
-            "--optimizer adam"
-        )
     refuse_earlier_run(s)
     for path in (s.teacher, s.start):
         if path and path.resolve() in find_files(s, RUN_FILES):

@@ -21,7 +21,6 @@ import torch
 from data import Split, spread, to_float
 from losses import kl_divergence
 from metrics import (
-    detail_kept,
     encode_means,
     evaluate_code,
     evaluate_images,
@@ -116,7 +115,7 @@ def measure_vae(vae, images, precision, batch_size):
     """Every column of the table for a VAE, as numbers."""
     single, batch = to_float(images[:1]), to_float(images[:batch_size])
     found = {"parameters": count_parameters(vae), "weight_bytes": weight_bytes(vae)}
-    found |= evaluate_vae(vae, images, precision, with_ssim=True)
+    found |= evaluate_vae(vae, images, precision, with_ssim=True, with_detail=True)
     found["ms_per_image"] = 1000 * seconds_per_batch(vae, single, precision)
     found["images_per_second"] = len(batch) / seconds_per_batch(vae, batch, precision)
     return found
@@ -126,8 +125,7 @@ def measure_pca(pca, images):
     """The same for PCA; it has no rate and is not timed."""
     numbers = pca.mean.numel() + pca.components.numel()
     found = {"parameters": numbers, "weight_bytes": numbers * 4}
-    found |= evaluate_images(pca.reconstruct, images, with_ssim=True)
-    return found | detail_kept(pca.reconstruct, images)
+    return found | evaluate_images(pca.reconstruct, images, with_ssim=True, with_detail=True)
 
 
 def table_row(name, found, teacher_bytes):
@@ -154,7 +152,6 @@ def measure_code(vae, teacher_mu, test, train, judge, judged):
     """Every column of the second table for a VAE, as numbers."""
     found = evaluate_code(vae, test, train, teacher_mu)
     found["sampled_mse"] = sampled_mse(vae, test.images)
-    found |= detail_kept(decoded_mean(vae), test.images)
     if judge:
         images = spread(test.images, judged)
         found["vgg_distance"] = vgg_distance(vae, images, judge)
@@ -244,7 +241,7 @@ def draw_colours(path, images, reconstructions, title):
     chosen = images[torch.cat(variety).topk(min(COLUMNS, len(images))).indices]
     rows = {"original": to_float(chosen)}
     for name, reconstruct in reconstructions.items():
-        kept = detail_kept(reconstruct, chosen)["chroma_kept"]
+        kept = evaluate_images(reconstruct, chosen, with_detail=True)["chroma_kept"]
         rows[f"{name}\n{kept:.0%} of colour"] = reconstruct(to_float(chosen))
     figure, axes = image_grid(len(rows), len(chosen), title)
     for row, (name, batch) in enumerate(rows.items()):
