@@ -99,13 +99,15 @@ COLUMNS = (
 SCRATCH = {"reconstruction_weight": 1, "latent_weight": 0, "output_weight": 0, "vgg": "none"}
 # What each variant changes: settings of distill_tinyvae.py.
 CHANGES = {
+    # The full loss without what the teacher gives; VGG16 and the second look at the image, decoded
+    # from mu, stay. Only this control says what the teacher is worth.
+    "no teacher": {"latent_weight": 0, "output_target": "image"},
     "no reconstruction": {"reconstruction_weight": 0},
     "no KL": {"kl_weight": 0},
     "no latent": {"latent_weight": 0},
     "no output": {"output_weight": 0},
     "no perceptual": {"vgg": "none"},
-    "image for teacher's": {"output_target": "image"},  # is it the teacher that helps, or only a
-    # second look at the image?
+    "image for teacher's": {"output_target": "image"},
     "no fading": {"latent_fade": 0},
     "fixed projection": {"projection": "fixed"},
     "random projection": {"projection": "random"},

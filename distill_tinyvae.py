@@ -64,25 +64,25 @@ ENCODER_CHANNELS = (16, 32, 64, 128)  # out of the four encoder stages
 DECODER_CHANNELS = (128, 64, 32, 16)  # into the four decoder stages
 START = None  # a student's checkpoint to start from, with its own shape; None: random weights
 EPOCHS = 100  # epochs of stage 2
-OPTIMIZER = "adam"  # adam, or muon: for matrices and kernels, and Adam for the rest
-LEARNING_RATE = 1e-3  # at the peak; muon takes 3e-3
+OPTIMIZER = "muon"  # muon, for matrices and kernels, with Adam for the rest; or adam for all
+LEARNING_RATE = 3e-3  # at the peak
 
 # --- The five terms of the student's loss ---
 RECONSTRUCTION_WEIGHT = 0.3  # squared error of pixels in [0, 1], of a sample
 KL_WEIGHT = 0.1  # nats per image dimension; lower: more nats, less error
-KL_SCALE = 0.5  # times KL_WEIGHT: at 1 the student ends at 58 nats instead of 82
+KL_SCALE = 0.4  # times KL_WEIGHT: with 0.5 the student ends at 82 nats instead of 87
 LATENT_WEIGHT = 0.3  # squared distance of mu to the teacher's projected mu, in nats
 LATENT_VARIANCE = 0.1  # that distance is divided by 2 × this; near the posterior's variance
 LATENT_FADE = 0.3  # fraction of the steps over which the latent term fades; 0: it does not
 LATENT_FLOOR = 0.1  # fraction of the latent term that remains when it has faded; 1: all
 OUTPUT_WEIGHT = 0.2  # difference from the teacher's pixels, of the mean
 OUTPUT_TARGET = "teacher"  # teacher, or image: the image itself in the place of its output
-OUTPUT_LOSS = "softened"  # softened: divergence at T; or squared: squared error of pixels
+OUTPUT_LOSS = "squared"  # squared: squared error of pixels; or softened: divergence at T
 TEMPERATURE = 3.0  # T of the softened output term; higher: dark and bright pixels weigh more
 PERCEPTUAL_WEIGHT = 0.1  # squared distance of VGG16 features, of the mean
-PERCEPTUAL_SCALE = 8.0  # times PERCEPTUAL_WEIGHT: a mean over channels of unit vectors is small
-PERCEPTUAL_IMAGES = 4  # images of each batch that VGG16 sees; 0: all, less noisy and far slower
-PERCEPTUAL_START = 0.0  # fraction of the epochs before the perceptual term begins; 1: never
+PERCEPTUAL_SCALE = 4.0  # times PERCEPTUAL_WEIGHT: a mean over channels of unit vectors is small
+PERCEPTUAL_IMAGES = 8  # images of each batch that VGG16 sees; 0: all, less noisy and far slower
+PERCEPTUAL_START = 0.7  # fraction of the epochs before the perceptual term begins; 1: never
 PROJECTION = "orthonormal"  # of the teacher's mu, learned; or fixed, random, free (losses.py)
 VGG = "imagenet"  # imagenet (downloaded), random (untrained), none, or a state dict's path
 

@@ -19,6 +19,7 @@ import bench_training
 import comparison
 import data
 import distill_tinyvae
+import losses
 import metrics
 import models
 import optimizer
@@ -403,7 +404,9 @@ def test_the_bench_times_the_recipe_of_distill_tinyvae():
     recipe = parse_settings(vars(distill_tinyvae), [])
     settings = parse_settings(vars(bench_training), [])
     assert settings.batch_size == recipe.batch_size
-    assert settings.perceptual_images == recipe.perceptual_images
+    weights = {name: getattr(recipe, f"{name}_weight") for name in losses.TERMS}
+    assert weights == bench_training.WEIGHTS
+    assert {"kl": recipe.kl_scale, "perceptual": recipe.perceptual_scale} == bench_training.SCALES
     epochs = {"teacher": recipe.teacher_epochs, "student": recipe.epochs}
     assert epochs == bench_training.RECIPE_EPOCHS
 
@@ -442,7 +445,8 @@ def test_the_straightforward_loop_computes_what_distill_tinyvae_does(
     distill_tinyvae.main([
         "--data", "dead-leaves", "--vgg", "random", "--limit", "64", "--batch-size", "16",
         "--epochs", "3", "--latent-fade", "0", "--teacher", str(teacher), "--device", "cpu",
-        "--precision", "fp32", *folders(tmp_path),
+        "--precision", "fp32", "--optimizer", "adam", "--learning-rate", "0.001", "--output-loss",
+        "softened", "--perceptual-images", "4", "--perceptual-start", "0", *folders(tmp_path),
     ])
     assert our_losses == pytest.approx(plain_losses, rel=1e-3)
     assert our_losses[-1] < 0.95 * our_losses[0]
