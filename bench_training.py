@@ -295,7 +295,7 @@ def time_ours(bench, graph=True):
     shape = {key: student[key] for key in ("latent_dim", "encoder_channels", "decoder_channels")}
     flags = {  # what decides the work of a step, whatever is edited in distill_tinyvae.py
         **shape,
-        "teacher": None,
+        "teacher": "train",
         "teacher_latent_dim": bench.teacher.architecture["latent_dim"],
         "teacher_channels": bench.teacher.architecture["channels"],
         **{f"{term}_weight": weight for term, weight in WEIGHTS.items()},

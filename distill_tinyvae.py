@@ -51,7 +51,7 @@ DATA = "cifar10"  # cifar10, photo-crops, dead-leaves (data.py), or a folder wit
 LIMIT = 0  # use the first N training images; 0 uses all
 
 # --- Teacher ---
-TEACHER = None  # a trained teacher's checkpoint, with its own shape; None: train one, stage 1
+TEACHER = None  # None: without a teacher; train: train one, stage 1; or a trained one's checkpoint
 TEACHER_LATENT_DIM = 512  # latents, at least as many as the student's
 TEACHER_CHANNELS = (64, 128, 256, 512)  # out of its four encoder stages; the decoder mirrors them
 TEACHER_EPOCHS = 20  # epochs of stage 1
@@ -109,8 +109,8 @@ DEMO = False  # a small run without downloads, in folders demo/, which it replac
 AT_LEAST_0, FRACTION, CHANNELS = number(0, none=0.0), number(0, 1, none=0.0), several(whole(1), 4)
 KINDS = {
     "DATA": text(), "LIMIT": whole(0, none=0),
-    "TEACHER": file_path(none=None), "TEACHER_LATENT_DIM": whole(1), "TEACHER_CHANNELS": CHANNELS,
-    "TEACHER_EPOCHS": whole(1), "TEACHER_KL_WEIGHT": AT_LEAST_0,
+    "TEACHER": file_path("train", none=None), "TEACHER_LATENT_DIM": whole(1),
+    "TEACHER_CHANNELS": CHANNELS, "TEACHER_EPOCHS": whole(1), "TEACHER_KL_WEIGHT": AT_LEAST_0,
     "TEACHER_LEARNING_RATE": number(0, above=True),
     "LATENT_DIM": whole(1), "ENCODER_CHANNELS": CHANNELS, "DECODER_CHANNELS": CHANNELS,
     "START": file_path(none=None), "EPOCHS": whole(1), "OPTIMIZER": one_of("adam", "muon"),
@@ -134,7 +134,7 @@ KINDS = {
 # With --demo these replace the constants above; flags still count. The teacher is small, so that it
 # learns enough in the time to be better than its student.
 DEMO_SETTINGS = {
-    "data": "photo-crops", "limit": 9000, "teacher_latent_dim": 192,
+    "data": "photo-crops", "limit": 9000, "teacher": "train", "teacher_latent_dim": 192,
     "teacher_channels": (24, 48, 96, 192), "teacher_epochs": 12, "teacher_kl_weight": 0.003,
     "epochs": 2, "vgg": "none", "batch_size": 32,
 }
@@ -297,6 +297,8 @@ def distil(settings, device):
     s = settings
     if s.vgg == "none" or s.perceptual_weight == 0:
         s.vgg, s.perceptual_weight = "none", 0.0
+    if s.teacher is None:
+        s.latent_weight, s.output_target = 0.0, "image"
     if not any(getattr(s, f"{term}_weight") for term in TERMS):
         raise InputError("all five weights are zero: there is nothing to train on")
     if s.batch_size % world_size() or s.perceptual_images % world_size():

@@ -19,8 +19,8 @@ def print_summary(run):
     beta, processes = record["effective_beta"], record["processes"]
     output = f"at T = {s.temperature:g}" if s.output_loss == "softened" else "squared"
     teacher = "none: no term needs one"
-    if s.teacher:
-        teacher = f"StandardVAE, {s.teacher}"
+    if record["teacher"]:
+        teacher = f"StandardVAE, {record['teacher']}"
     elif run.needs_teacher:
         teacher = (
             f"StandardVAE, {s.teacher_epochs} epochs, beta {s.teacher_kl_weight:g}, Adam, peak "

@@ -99,15 +99,16 @@ def begin(settings, device):
     s = settings
     precision = pick_precision(s.precision, device)
     refuse_earlier_run(s)
-    for path in (s.teacher, s.start):
+    teacher_file = given_teacher(s)
+    for path in (teacher_file, s.start):
         if path and path.resolve() in find_files(s, RUN_FILES):
             raise InputError(
                 f"{path} is one of the files that this run writes: copy it elsewhere, or name "
                 "another --checkpoint-dir and --output-dir"
             )
     teacher_record, student = {"teacher_sha256": ""}, None  # a teacher of stage 1 has its recipe
-    if s.teacher:
-        teacher, checkpoint = load_model(s.teacher, StandardVAE)
+    if teacher_file:
+        teacher, checkpoint = load_model(teacher_file, StandardVAE)
         known = ("teacher_epochs", "teacher_kl_weight", "teacher_learning_rate")
         teacher_record = {key: checkpoint.get("record", {}).get(key) for key in known}
         teacher_record["teacher_sha256"] = fingerprint(teacher)
@@ -135,6 +136,7 @@ def begin(settings, device):
         teacher_shape = StandardVAE(s.teacher_latent_dim, s.teacher_channels).architecture
     beta = s.kl_weight * s.kl_scale / s.reconstruction_weight if s.reconstruction_weight else None
     record = in_force | images.record | vgg_record | teacher_record | {
+        "teacher": str(teacher_file) if teacher_file else None,
         "architecture": shape,
         "teacher_architecture": teacher_shape,
         "start_sha256": fingerprint(student) if student else "",
@@ -147,7 +149,7 @@ def begin(settings, device):
     }
     run = Run(s, device, precision, images.train.to(device), images.val.to(device), record)
     if run.needs_teacher and s.teacher_latent_dim < s.latent_dim:
-        remedy = "name another --teacher" if s.teacher else "raise --teacher-latent-dim"
+        remedy = "name another --teacher" if teacher_file else "raise --teacher-latent-dim"
         raise InputError(
             f"the teacher has {s.teacher_latent_dim} latents, fewer than the student's "
             f"{s.latent_dim}, which learn from them: {remedy}"
@@ -181,9 +183,14 @@ def check_earlier_run(run):
             check_recipe(load_checkpoint(path), path, run.record, recipe)
 
 
+def given_teacher(settings):
+    """The path of a trained teacher; None where stage 1 trains one, and without a teacher."""
+    return None if settings.teacher == "train" else settings.teacher
+
+
 def trains_teacher(run):
     """Whether stage 1 makes the teacher, now or in an earlier run."""
-    return run.needs_teacher and not run.settings.teacher
+    return run.needs_teacher and not given_teacher(run.settings)
 
 
 def check_recipe(checkpoint, path, record, names):
@@ -236,10 +243,11 @@ def resume(stage, name):
 def load_teacher(run):
     """The teacher of --teacher, or that of the checkpoint folder if one is needed, and its rows;
     None and no rows where there is none. Prints which."""
-    path = run.settings.teacher or run.checkpoint(TEACHER)
-    if not run.settings.teacher and not (run.needs_teacher and path.exists()):
+    given = given_teacher(run.settings)
+    path = given or run.checkpoint(TEACHER)
+    if not given and not (run.needs_teacher and path.exists()):
         return None, []
-    if not run.settings.teacher and not rank():  # left by a run that died as stage 1 ended
+    if not given and not rank():  # left by a run that died as stage 1 ended
         run.checkpoint(TEACHER_STATE).unlink(missing_ok=True)
     teacher, checkpoint = load_model(path, StandardVAE)
     record, rows = checkpoint.get("record", {}), checkpoint.get("rows", [])

@@ -120,11 +120,13 @@ def text(none=REFUSED):
     return Kind(read, "a non-empty string", none)
 
 
-def file_path(none=REFUSED):
-    def read(value):
-        return Path(text().read(value))
+def file_path(*words, none=REFUSED):
+    """A path; each of the words means something else and stays as it is."""
 
-    return Kind(read, "a path", none)
+    def read(value):
+        return value if value in words else Path(text().read(value))
+
+    return Kind(read, " or ".join(["a path", *words]), none)
 
 
 def several(kind, count=None, none=REFUSED):

@@ -855,6 +855,22 @@ def test_overwrite_keeps_a_teacher_that_is_named_or_not_needed(
     train(copy, "--resume", "--seed", "1", "--epochs", "1", *scratch)  # nor is it in the way
 
 
+def test_without_a_teacher_the_image_takes_its_place_and_no_stage_1_runs(
+    tmp_path, capsys, monkeypatch, without_pictures
+):
+    for name in ("train_teacher", "teacher_outputs", "latent_distillation_loss"):
+        monkeypatch.setattr(distill_tinyvae, name, refuse)
+    (row,) = train(tmp_path, "--teacher", "none", "--epochs", "1")
+    assert row["stage"] == "student" and row["latent"] == row["latent_weighted"] == ""
+    assert float(row["output_weighted"]) == pytest.approx(0.2 * float(row["output"]))
+    assert "teacher      none" in capsys.readouterr().out
+    record = storage.load_checkpoint(tmp_path / "checkpoints" / "tinyvae_best.pth")["record"]
+    assert (record["teacher"], record["latent_weight"]) == (None, 0)
+    assert record["output_target"] == "image"
+    with pytest.raises(InputError, match=r"latent_weight was 0\.0, is 0\.3; output_target was ima"):
+        train(tmp_path, "--epochs", "1", "--resume")
+
+
 def test_a_teachers_state_that_is_left_over_is_removed(
     tiny_run, tmp_path, monkeypatch, without_pictures
 ):
@@ -1149,7 +1165,9 @@ def train_until_interrupted(monkeypatch, epochs, *arguments):
         train(*arguments)
 
 
-def test_with_adam_for_all_a_run_resumes_bit_for_bit(tiny_run, tmp_path, monkeypatch, without_pictures):
+def test_with_adam_for_all_a_run_resumes_bit_for_bit(
+    tiny_run, tmp_path, monkeypatch, without_pictures
+):
     run, _ = tiny_run
     flags = (*teacher_of(run), "--epochs", "3", "--optimizer", "adam")
     whole, parts = tmp_path / "whole", tmp_path / "parts"

@@ -305,6 +305,8 @@ def test_a_flag_is_of_its_kind_whatever_type_the_constant_has(edit):
     assert found["epochs"] == 4
     found = editor.settings("TEACHER", 'TEACHER = "a.pth"', ["--teacher", "none"])
     assert found["teacher"] is None
+    found = editor.settings("TEACHER", "TEACHER = None", ["--teacher", "train"])
+    assert found["teacher"] == "train"
     found = editor.settings("CHECKPOINT_DIR", 'CHECKPOINT_DIR = "ck"', ["--checkpoint-dir", "x"])
     assert found["checkpoint_dir"] == Path("x")
     found = editor.settings("GRAPH", "GRAPH = 0", ["--graph"])
@@ -431,6 +433,7 @@ def test_flags_that_make_no_sense_stop_the_script_before_any_work(flags, capsys,
 def test_the_recipe_is_that_of_the_design():
     found = parse("distill_tinyvae")
     assert (found.teacher_epochs, found.epochs, found.batch_size) == (20, 100, 64)
+    assert found.teacher is None
     assert (found.optimizer, found.learning_rate, found.temperature) == ("muon", 3e-3, 3.0)
     assert [getattr(found, f"{term}_weight") for term in losses.TERMS] == [0.3, 0.1, 0.3, 0.2, 0.1]
     assert (found.kl_scale, found.latent_variance, found.latent_floor) == (0.4, 0.1, 0.1)
