@@ -68,22 +68,29 @@ class Comparison:
 
     Args:
         settings: has data, limit, teacher, vgg, judge, judged, split, epochs, device, precision,
-            checkpoint_dir and output_dir.
+            checkpoint_dir and output_dir. teacher may be None: then they train without one.
         name: folder of the students in checkpoint_dir.
+        trained_on: the images to take where neither settings nor teacher name any, or None.
+
+    Raises InputError where nothing names the images, and for what cannot be loaded.
     """
 
-    def __init__(self, settings, name):
+    def __init__(self, settings, name, trained_on=None):
         self.settings = settings
         self.folder = settings.checkpoint_dir / name
         self.device = pick_device(settings.device)
         self.precision = pick_precision(settings.precision, self.device)
-        self.teacher_path = find_checkpoint(settings.teacher, settings.checkpoint_dir)
-        teacher, checkpoint = load_model(self.teacher_path, StandardVAE)
-        self.teacher = teacher.to(self.device, memory_format=torch.channels_last)
-        self.teacher_sha256 = fingerprint(teacher)
-        if settings.data is None and "data" not in checkpoint.get("record", {}):
-            raise InputError(f"{self.teacher_path} does not name its images: use --data")
-        self.data = settings.data or checkpoint["record"]["data"]
+        self.teacher, self.teacher_path, self.teacher_sha256 = None, None, ""
+        if settings.teacher:
+            self.teacher_path = find_checkpoint(settings.teacher, settings.checkpoint_dir)
+            teacher, checkpoint = load_model(self.teacher_path, StandardVAE)
+            self.teacher = teacher.to(self.device, memory_format=torch.channels_last)
+            self.teacher_sha256 = fingerprint(teacher)
+            trained_on = checkpoint.get("record", {}).get("data", trained_on)
+        self.data = settings.data or trained_on
+        if not self.data:
+            named = self.teacher_path or "the student's checkpoint"
+            raise InputError(f"{named} does not name its images: use --data")
         images = load_training_images(self.data, settings.limit)
         self.record = images.record
         self.train = Split(images.train, images.labels).to(self.device)
@@ -101,8 +108,8 @@ class Comparison:
 
     @property
     def teacher_mu(self):
-        """The teacher's mu of the images to measure on."""
-        if self._teacher_mu is None:
+        """The teacher's mu of the images to measure on; None without a teacher."""
+        if self.teacher and self._teacher_mu is None:
             self._teacher_mu = encode_means(self.teacher, self.held_out.images)
         return self._teacher_mu
 
@@ -122,7 +129,7 @@ class Comparison:
             "data": self.data,
             "limit": settings.limit,
             "teacher": self.teacher_path,
-            "teacher_outputs": self.folder / "teacher_outputs.pth",
+            "teacher_outputs": self.teacher and self.folder / "teacher_outputs.pth",
             "vgg": settings.vgg,
             "epochs": settings.epochs,
             "seed": seed,
@@ -135,7 +142,7 @@ class Comparison:
     def print_summary(self, budget):
         split = SPLITS[self.settings.split]
         print(
-            f"teacher  {self.teacher_path}\n"
+            f"teacher  {self.teacher_path or 'none'}\n"
             f"images   {self.data}: {len(self.train.images):,} to train on; figures are of "
             f"{len(self.held_out.images):,} of the {split} split\n"
             f"VGG16    {self.vgg_record['vgg_weights']}; judge: "

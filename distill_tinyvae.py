@@ -1,15 +1,21 @@
-"""Distil a 512-latent teacher VAE into TinyVAE32: 64 latents, 294,403 parameters.
+"""Train TinyVAE32, 64 latents and 294,403 parameters: from the images, or distilled from a teacher.
 
     python distill_tinyvae.py --demo      # a small run without downloads: two minutes on 2 cores
     python distill_tinyvae.py             # CIFAR-10 and ImageNet VGG16, both downloaded (700 MB)
+    python distill_tinyvae.py --teacher train             # the five-term distillation
     python distill_tinyvae.py --resume    # continue a run that stopped, however it stopped
     python distill_tinyvae.py --data PATH --vgg PATH      # your images, your VGG16 weights
     torchrun --nproc_per_node=2 distill_tinyvae.py        # two processes, the same result
-    python distill_tinyvae.py --limit 5000 --teacher-epochs 5 --epochs 10 \\
+    python distill_tinyvae.py --limit 5000 --epochs 10 \\
         --checkpoint-dir trial --output-dir trial         # a trial, in a folder of its own
 
-Stage 1 trains the teacher, stage 2 the student. Edit the settings below, or override one with the
-flag of the same name. Afterwards `python test_trained_model.py` measures on the test split.
+With --teacher train, stage 1 trains a VAE of 512 latents and stage 2 the student, which learns from
+it by the latent and the output term. By default there is no teacher and no stage 1: there is no
+latent term, and the output term compares with the image. At full length that ends with less error
+(docs/results.md).
+
+Edit the settings below, or override one with the flag of the same name. Afterwards
+`python test_trained_model.py` measures on the test split.
 
 The formulas of the terms are in losses.py, the learning rate in optimizer.py, batches, validation
 and BatchNorm's statistics in training.py.
@@ -70,13 +76,13 @@ LEARNING_RATE = 3e-3  # at the peak
 # --- The five terms of the student's loss ---
 RECONSTRUCTION_WEIGHT = 0.3  # squared error of pixels in [0, 1], of a sample
 KL_WEIGHT = 0.1  # nats per image dimension; lower: more nats, less error
-KL_SCALE = 0.4  # times KL_WEIGHT: with 0.5 the student ends at 82 nats instead of 87
-LATENT_WEIGHT = 0.3  # squared distance of mu to the teacher's projected mu, in nats
+KL_SCALE = 0.4  # times KL_WEIGHT: at 1 the student would end with some 30 nats less
+LATENT_WEIGHT = 0.3  # squared distance of mu to the teacher's projected mu, in nats; with a teacher
 LATENT_VARIANCE = 0.1  # that distance is divided by 2 × this; near the posterior's variance
 LATENT_FADE = 0.3  # fraction of the steps over which the latent term fades; 0: it does not
 LATENT_FLOOR = 0.1  # fraction of the latent term that remains when it has faded; 1: all
-OUTPUT_WEIGHT = 0.2  # difference from the teacher's pixels, of the mean
-OUTPUT_TARGET = "teacher"  # teacher, or image: the image itself in the place of its output
+OUTPUT_WEIGHT = 0.2  # difference from the target's pixels, of the mean
+OUTPUT_TARGET = "teacher"  # its output; or image, as always without a teacher
 OUTPUT_LOSS = "squared"  # squared: squared error of pixels; or softened: divergence at T
 TEMPERATURE = 3.0  # T of the softened output term; higher: dark and bright pixels weigh more
 PERCEPTUAL_WEIGHT = 0.1  # squared distance of VGG16 features, of the mean
@@ -187,7 +193,7 @@ def train_teacher(run):
 
 
 def distil_student(run, teacher, teacher_rows, vgg, student):
-    """Train the student by the five terms. Returns that of the best epoch, and all rows.
+    """Train the student by the weighted terms. Returns that of the best epoch, and all rows.
 
     Args:
         run: settings, device, images.
@@ -281,9 +287,8 @@ def distil_student(run, teacher, teacher_rows, vgg, student):
     runs.save_student(stage, teacher, teacher_rows)
     early, late = (stage.graphed(partial(step, is_late)) for is_late in (False, True))
     for epoch in stage.epochs():
-        is_late = epoch > s.perceptual_start * s.epochs
         for _ in stage.steps():
-            late() if is_late else early()
+            late() if run.has_perceptual(epoch) else early()
         stage.validate()
         runs.save_student(stage, teacher, teacher_rows)
     return runs.best_student(run), teacher_rows + stage.rows
@@ -293,12 +298,14 @@ def distil_student(run, teacher, teacher_rows, vgg, student):
 
 
 def distil(settings, device):
-    """Refuse what cannot work, train both stages, draw, and report."""
+    """Refuse what cannot work, train teacher and student, draw, and report."""
     s = settings
     if s.vgg == "none" or s.perceptual_weight == 0:
         s.vgg, s.perceptual_weight = "none", 0.0
     if s.teacher is None:
         s.latent_weight, s.output_target = 0.0, "image"
+        if s.teacher_outputs:
+            raise InputError("--teacher-outputs keeps a teacher's outputs: add a --teacher")
     if not any(getattr(s, f"{term}_weight") for term in TERMS):
         raise InputError("all five weights are zero: there is nothing to train on")
     if s.batch_size % world_size() or s.perceptual_images % world_size():

@@ -58,7 +58,8 @@ def evaluate_images(reconstruct, images, with_ssim=False, with_detail=False):
     With `with_detail` also how much of the brightness and colour within an image is kept: the slope
     of a least-squares line of reconstruction on original over all pixels, each less its mean over
     the image. It is 1 where contrasts are kept, 0 where every image is flat. luma_kept,
-    chroma_kept, and mean_chroma_kept, the same of the images' mean colours.
+    chroma_kept, and mean_chroma_kept, the same of the images' mean colours; those are left out of
+    which the originals have nothing, as of colour in grey images.
     """
     found = {"mse": [], "psnr": []} | ({"ssim": []} if with_ssim else {})
     products = torch.zeros(3, 2, device=images.device)
@@ -73,9 +74,10 @@ def evaluate_images(reconstruct, images, with_ssim=False, with_detail=False):
         if with_detail:
             products += detail_products(batch, reconstruction)
     found = {name: torch.cat(values).mean().item() for name, values in found.items()}
-    if with_detail:
-        names = ("luma_kept", "chroma_kept", "mean_chroma_kept")
-        found |= dict(zip(names, (products[:, 0] / products[:, 1]).tolist()))
+    names = ("luma_kept", "chroma_kept", "mean_chroma_kept")
+    for name, (product, square) in zip(names, products.tolist()):
+        if square > 1e-6 * len(images):
+            found[name] = product / square
     return found
 
 

@@ -27,7 +27,7 @@ class Muon(torch.optim.Optimizer):
     Adam's, so that the same learning rates fit: Liu et al. 2025, arXiv:2502.16982, section 2.2.
 
     torch.optim.Muon takes no kernels, works in bfloat16, and reads its learning rate back from the
-    device, which a CUDA graph forbids. Under a GradScaler, gradients that overflow count as zero.
+    device, which a CUDA graph forbids. Under a GradScaler, a step that overflows is skipped.
 
     Args:
         parameters: of two dimensions or more.
@@ -49,13 +49,15 @@ class Muon(torch.optim.Optimizer):
                 state = self.state[parameter]
                 if not state:
                     state["average"] = torch.zeros_like(parameter)
-                gradient = parameter.grad
+                gradient, weight, rate = parameter.grad, 1 - group["momentum"], group["lr"]
                 if hasattr(self, "found_inf"):
-                    gradient = (gradient / self.grad_scale).where(self.found_inf == 0, 0)
-                average = state["average"].lerp_(gradient, 1 - group["momentum"])
+                    is_finite = self.found_inf == 0
+                    gradient = (gradient / self.grad_scale).where(is_finite, 0)
+                    weight, rate = weight * is_finite, rate * is_finite
+                average = state["average"].lerp_(gradient, weight)
                 ahead = gradient.lerp(average, group["momentum"])  # Nesterov's
                 matrix = ahead.flatten(1)
-                scale = 0.2 * math.sqrt(max(matrix.shape)) * group["lr"]
+                scale = 0.2 * math.sqrt(max(matrix.shape)) * rate
                 parameter -= scale * orthogonalize(matrix).view(parameter.shape)
 
 

@@ -1,4 +1,4 @@
-"""Prune a student: fewer channels, then more distillation from the same teacher.
+"""Prune a student: fewer channels, then more training.
 
     python prune_tinyvae.py --vgg PATH                   # the students of RATIOS, and fresh ones
     python prune_tinyvae.py --vgg none --ratios 0.5 --epochs 1 --no-fresh          # a trial
@@ -7,12 +7,12 @@
 
 Whole channels are removed, those of the smallest weights (torch-pruning), so that what is left is a
 TinyVAE32 with other channel numbers: smaller, faster, and loaded by every script. The 64 latents
-stay. Then distill_tinyvae.py trains it on with the five terms. Beside each stands a fresh student:
-the same channel numbers, terms and steps, from random weights.
+stay. Then distill_tinyvae.py trains it on. Beside each stands a fresh student: the same channel
+numbers, loss and steps, from random weights.
 
-It needs a teacher: distill_tinyvae.py leaves one in checkpoints/. The same command again resumes
-where it stopped. Writes the students into checkpoints/pruned/, pruning.csv and pruning.png, and
-prints a table. On 2 CPU cores a student takes about 5 minutes for 5 epochs of CIFAR-10.
+The same command again resumes where it stopped. Writes the students into checkpoints/pruned/,
+pruning.csv and pruning.png, and prints a table. On 2 CPU cores a student takes about 5 minutes for
+5 epochs of CIFAR-10.
 Needs `pip install -r requirements-deploy.txt`.
 """
 
@@ -40,10 +40,10 @@ STUDENT = None  # a file in the checkpoint folder, or a path; None: the best one
 RATIOS = (0.4, 0.6, 0.8)  # fractions of the parameters to remove, one student for each
 FRESH = True  # beside each, a student of its size from random weights
 
-# --- Distillation, with weights, optimiser and batch size as at the top of distill_tinyvae.py ---
-DATA = None  # as in distill_tinyvae.py; None: what the teacher was trained on
+# --- Training, with weights, optimiser and batch size as at the top of distill_tinyvae.py ---
+DATA = None  # as in distill_tinyvae.py; None: what the teacher, or else the student, was trained on
 LIMIT = 0  # train on the first N images; 0 uses all
-TEACHER = "teacher_vae.pth"  # a file in the checkpoint folder, or a path
+TEACHER = None  # to distil from: a file in the checkpoint folder, or a path; or None
 VGG = "imagenet"  # VGG16 of the perceptual term: imagenet, random, none, or a state dict's path
 EPOCHS = 5  # epochs of each student
 LEARNING_RATE = 1e-3  # at the peak
@@ -63,7 +63,7 @@ OUTPUT_DIR = HERE / "outputs"  # folder of pruning.csv and pruning.png
 KINDS = {
     "STUDENT": file_path(none=None), "RATIOS": several(number(0, 1, above=True)),
     "FRESH": switch(),
-    "DATA": text(none=None), "LIMIT": whole(0, none=0), "TEACHER": file_path(),
+    "DATA": text(none=None), "LIMIT": whole(0, none=0), "TEACHER": file_path(none=None),
     "VGG": text(none="none"), "EPOCHS": whole(1), "LEARNING_RATE": number(0, above=True),
     "SEED": whole(0, 2**32 - 1),
     "SPLIT": one_of("val", "test"), "JUDGE": text(none="none"), "JUDGED": whole(0, none=0),
@@ -213,7 +213,7 @@ def draw_sizes(path, rows, title):
     whole = rows[0]
     for ax, (measure, name) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
         for kind, label, colour in (
-            ("pruned", "pruned, distilled again", "tab:blue"),
+            ("pruned", "pruned, trained on", "tab:blue"),
             ("fresh", "from random weights, the same steps", "tab:orange"),
         ):
             points = sorted((r["parameters"], r[measure]) for r in rows if r["student"] == kind)
@@ -245,8 +245,9 @@ def prune_all(settings):
     student_path = find_student(settings.student, settings.checkpoint_dir)
     student, checkpoint = load_model(student_path, TinyVAE32)
     students = {ratio: prune(student, ratio) for ratio in settings.ratios}
-    comparison = Comparison(settings, "pruned")
-    comparison.refuse_judge_of(checkpoint.get("record", {}))
+    record = checkpoint.get("record", {})
+    comparison = Comparison(settings, "pruned", record.get("data"))
+    comparison.refuse_judge_of(record)
     check_writable(comparison.folder)
     check_writable(settings.output_dir)
     comparison.print_summary(

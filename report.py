@@ -18,10 +18,12 @@ def print_summary(run):
     weights = ", ".join(f"{term} {getattr(s, f'{term}_weight'):g}" for term in TERMS)
     beta, processes = record["effective_beta"], record["processes"]
     output = f"at T = {s.temperature:g}" if s.output_loss == "softened" else "squared"
-    teacher = "none: no term needs one"
-    if record["teacher"]:
-        teacher = f"StandardVAE, {record['teacher']}"
-    elif run.needs_teacher:
+    teacher = f"StandardVAE, {s.teacher}"
+    if s.teacher is None:
+        teacher = "none: no latent term, and the output term compares with the image"
+    elif s.teacher == "train" and not run.needs_teacher:
+        teacher = "none: no term needs one"
+    elif s.teacher == "train":
         teacher = (
             f"StandardVAE, {s.teacher_epochs} epochs, beta {s.teacher_kl_weight:g}, Adam, peak "
             f"learning rate {s.teacher_learning_rate:g}"
@@ -53,11 +55,11 @@ def draw(run, teacher, student, rows, when):
     curves, reconstructions, interpolations = map(run.output, PICTURES)
     draw_reconstructions(reconstructions, run.val_images, models, what)
     draw_interpolations(interpolations, run.val_images, models, what)
-    draw_curves(curves, rows, f"Distillation on {run.record['data']}")
+    draw_curves(curves, rows, f"Training on {run.record['data']}")
 
 
 def draw_curves(path, rows, title):
-    """Loss and its parts, validation error, rate and learning rate over the epochs of both stages.
+    """Loss and its parts, validation error, rate and learning rate over the epochs of each stage.
 
     Args:
         path: the PNG to write.

@@ -51,12 +51,13 @@ NOT_COMPARED = {
     "checkpoint_dir", "output_dir", "teacher_outputs", "save_every", "resume", "overwrite", "demo",
 }
 COMPARED = (
-    "pixels_sha256", "vgg_sha256", "teacher_sha256", "teacher_architecture", "start_sha256",
-    "architecture",
+    "with_teacher", "pixels_sha256", "vgg_sha256", "teacher_sha256", "teacher_architecture",
+    "start_sha256", "architecture",
 )
 
 REMEDY = "--overwrite to start again, or another --checkpoint-dir and --output-dir"
 IN_WORDS = {
+    "with_teacher": "one has a teacher, --teacher, and the other has none",
     "pixels_sha256": "the training images differ",
     "vgg_sha256": "VGG16's weights differ",
     "teacher_sha256": "the teacher differs",
@@ -80,6 +81,11 @@ class Run:
         """Whether any term of the student's loss needs the teacher."""
         s = self.settings
         return s.latent_weight > 0 or (s.output_weight > 0 and s.output_target == "teacher")
+
+    def has_perceptual(self, epoch):
+        """Whether an epoch of the student, counted from 1, has the perceptual term."""
+        s = self.settings
+        return s.perceptual_weight > 0 and epoch > s.perceptual_start * s.epochs
 
     def checkpoint(self, name):
         return self.settings.checkpoint_dir / name
@@ -107,9 +113,11 @@ def begin(settings, device):
                 "another --checkpoint-dir and --output-dir"
             )
     teacher_record, student = {"teacher_sha256": ""}, None  # a teacher of stage 1 has its recipe
+    known = ("teacher_epochs", "teacher_kl_weight", "teacher_learning_rate")
+    if s.teacher is None:
+        teacher_record |= dict.fromkeys((*known, "teacher_latent_dim", "teacher_channels"))
     if teacher_file:
         teacher, checkpoint = load_model(teacher_file, StandardVAE)
-        known = ("teacher_epochs", "teacher_kl_weight", "teacher_learning_rate")
         teacher_record = {key: checkpoint.get("record", {}).get(key) for key in known}
         teacher_record["teacher_sha256"] = fingerprint(teacher)
         s.teacher_latent_dim = teacher.architecture["latent_dim"]
@@ -136,9 +144,9 @@ def begin(settings, device):
         teacher_shape = StandardVAE(s.teacher_latent_dim, s.teacher_channels).architecture
     beta = s.kl_weight * s.kl_scale / s.reconstruction_weight if s.reconstruction_weight else None
     record = in_force | images.record | vgg_record | teacher_record | {
-        "teacher": str(teacher_file) if teacher_file else None,
         "architecture": shape,
-        "teacher_architecture": teacher_shape,
+        "teacher_architecture": teacher_shape if s.teacher else None,
+        "with_teacher": s.teacher is not None,
         "start_sha256": fingerprint(student) if student else "",
         "effective_beta": beta,  # of (summed squared error + beta × summed KL), without the others
         "device": device.type,
@@ -174,7 +182,7 @@ def begin(settings, device):
 def check_earlier_run(run):
     """Raise InputError if what is to be continued was made by another recipe."""
     settings = [name for name in vars(run.settings) if name not in NOT_COMPARED]
-    recipes = dict.fromkeys((TEACHER_STATE, STUDENT_STATE), (*settings, *COMPARED))
+    recipes = dict.fromkeys((TEACHER_STATE, STUDENT_STATE), (*COMPARED, *settings))
     if trains_teacher(run):
         recipes[TEACHER] = TEACHER_RECIPE
     for name, recipe in recipes.items():
@@ -202,6 +210,8 @@ def check_recipe(checkpoint, path, record, names):
             for name in names
             if earlier[name] != record[name]
         ]
+        if IN_WORDS["with_teacher"] in changed:  # the weights of its terms follow from that
+            changed = changed[:1]
     except (KeyError, TypeError):
         raise InputError(
             f"{path} is not a checkpoint of this version of the script: use {REMEDY}"
@@ -285,7 +295,9 @@ def save_student(stage, teacher, teacher_rows):
     state = stage.state() | {"record": run.record}
     kept = ("stage", "architecture", "epoch", "model", "record")
     weights_only = {key: state[key] for key in kept}
-    if epoch and stage.rows[-1]["val_mse"] == min(row["val_mse"] for row in stage.rows):
+    # The perceptual term costs squared error: where it starts late, earlier epochs do not compete.
+    competing = [row for row in stage.rows if run.has_perceptual(row["epoch"])] or stage.rows
+    if epoch and stage.rows[-1]["val_mse"] == min(row["val_mse"] for row in competing):
         save_checkpoint(run.checkpoint(BEST), weights_only)
     if epoch and epoch % run.settings.save_every == 0:
         save_checkpoint(run.checkpoint(NUMBERED.format(epoch)), weights_only)
@@ -295,7 +307,7 @@ def save_student(stage, teacher, teacher_rows):
 
 
 def best_student(run):
-    """The student of the epoch with the lowest validation error."""
+    """The student of the epoch with the lowest validation error, of those with all terms."""
     wait_for_all()  # the first process may still be writing it
     return load_model(run.checkpoint(BEST), TinyVAE32)[0].to(run.device)
 

@@ -50,6 +50,10 @@ def test_detail_kept_tells_brightness_from_colour():
     )
     assert kept(grey) == pytest.approx([1, 0, 0], abs=1e-4)
     assert kept(faded) == pytest.approx([0.5, 0.5, 1], abs=1e-4)
+    images = images[:, :1].expand(-1, 3, -1, -1)
+    found = metrics.evaluate_images(lambda batch: batch, images, with_detail=True)
+    assert found["luma_kept"] == pytest.approx(1)
+    assert not {"chroma_kept", "mean_chroma_kept"} & set(found)
 
 
 def test_psnr_of_known_errors():

@@ -92,6 +92,23 @@ def test_evaluation_is_beside_the_teacher_of_the_training(tiny_run, tmp_path, wi
     assert test_trained_model.load_models(settings)[2] == other
 
 
+def test_a_student_without_a_teacher_is_beside_one_that_is_named_alone(
+    tiny_run, tmp_path, capsys, without_pictures
+):
+    run, _ = tiny_run
+    train(tmp_path, "--teacher", "none", "--epochs", "1")
+    other = tmp_path / "checkpoints" / "teacher_vae.pth"
+    shutil.copy(run / "checkpoints" / "teacher_vae.pth", other)  # of another run
+    settings = parse_settings(vars(test_trained_model), [])
+    settings.checkpoint_dir = other.parent
+    found, _, teacher_path, _ = test_trained_model.load_models(settings)
+    assert list(found) == ["student"] and teacher_path is None
+    assert "teacher  none: the student was trained without one" in capsys.readouterr().out
+    settings.teacher = Path("teacher_vae.pth")
+    found, _, teacher_path, _ = test_trained_model.load_models(settings)
+    assert list(found) == ["teacher", "student"] and teacher_path == other
+
+
 def test_evaluation_takes_the_architecture_from_the_checkpoint(tmp_path, capsys):
     vae = TinyVAE32(latent_dim=12, encoder_channels=(4, 8, 8, 8), decoder_channels=(8, 8, 8, 4))
     path = tmp_path / "pruned.pth"
@@ -267,8 +284,8 @@ def test_an_ablation_resumes_where_it_stopped(
     with pytest.raises(InputError, match="full, seed 0 did not finish, for the reason above"):
         ablate_distillation.main([*flags, "--epochs", "3"])
     assert "epochs was 2, is 3" in capsys.readouterr().err
-    with pytest.raises(InputError, match="no variant 'no teacher': choose from no rec"):
-        ablate_distillation.main([*flags, "--variants", "no teacher"])
+    with pytest.raises(InputError, match="no variant 'no student': choose from no teacher"):
+        ablate_distillation.main([*flags, "--variants", "no student"])
     with pytest.raises(InputError, match="cannot judge"):
         ablate_distillation.main([*flags, "--vgg", "random", "--judge", "random"])
 
@@ -368,6 +385,9 @@ def test_pruned_students_are_trained_once_and_every_script_loads_them(
     whole, pruned, fresh = read_csv(tmp_path / "outputs" / "pruning.csv")
     assert int(pruned["parameters"]) <= 0.5 * int(whole["parameters"])
     assert pruned["channels"] == fresh["channels"] and pruned["mse"] != fresh["mse"]
+    assert "teacher  none" in printed
+    folder = tmp_path / "checkpoints" / "pruned" / "pruned_0.5"
+    assert not storage.load_checkpoint(folder / "tinyvae_best.pth")["record"]["with_teacher"]
     assert (tmp_path / "outputs" / "pruning.png").stat().st_size > 10_000
 
     monkeypatch.setattr(training.Stage, "steps", None)
@@ -400,7 +420,7 @@ def bench():
     return bench_training.Bench(parse_settings(vars(bench_training), flags))
 
 
-def test_the_bench_times_the_recipe_of_distill_tinyvae():
+def test_the_bench_times_the_terms_and_epochs_of_distill_tinyvae():
     recipe = parse_settings(vars(distill_tinyvae), [])
     settings = parse_settings(vars(bench_training), [])
     assert settings.batch_size == recipe.batch_size

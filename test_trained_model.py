@@ -1,4 +1,4 @@
-"""Is this student good? Evaluate it beside its teacher and PCA, on the test split.
+"""Is this student good? Evaluate it beside a teacher, if there is one, and PCA, on the test split.
 
     python test_trained_model.py             # the student in checkpoints/, on its training's data
     python test_trained_model.py --demo      # the one that distill_tinyvae.py --demo made
@@ -70,7 +70,7 @@ HERE = Path(__file__).resolve().parent
 
 # --- What to evaluate ---
 STUDENT = None  # a file in the checkpoint folder, or a path; None: the best one there, or released
-TEACHER = None  # likewise; None: that of its training, else teacher_vae.pth, if it is there
+TEACHER = None  # likewise; None: that of its training, if it had one and that is there
 DATA = None  # as in distill_tinyvae.py; None: what the student was trained on
 LIMIT = 0  # fit PCA to the first N training images; 0: as many as the student saw, or all of DATA
 
@@ -112,7 +112,7 @@ def decoded_mean(vae):
 
 
 def measure_vae(vae, images, precision, batch_size):
-    """Every column of the table for a VAE, as numbers."""
+    """Every column of the first table for a VAE, as numbers, and what is kept of the colours."""
     single, batch = to_float(images[:1]), to_float(images[:batch_size])
     found = {"parameters": count_parameters(vae), "weight_bytes": weight_bytes(vae)}
     found |= evaluate_vae(vae, images, precision, with_ssim=True, with_detail=True)
@@ -122,7 +122,7 @@ def measure_vae(vae, images, precision, batch_size):
 
 
 def measure_pca(pca, images):
-    """The same for PCA; it has no rate and is not timed."""
+    """The same for PCA, which has no rate and is not timed."""
     numbers = pca.mean.numel() + pca.components.numel()
     found = {"parameters": numbers, "weight_bytes": numbers * 4}
     return found | evaluate_images(pca.reconstruct, images, with_ssim=True, with_detail=True)
@@ -149,7 +149,7 @@ def table_row(name, found, teacher_bytes):
 
 
 def measure_code(vae, teacher_mu, test, train, judge, judged):
-    """Every column of the second table for a VAE, as numbers."""
+    """The other columns of the second table for a VAE, as numbers, in fp32."""
     found = evaluate_code(vae, test, train, teacher_mu)
     found["sampled_mse"] = sampled_mse(vae, test.images)
     if judge:
@@ -241,8 +241,10 @@ def draw_colours(path, images, reconstructions, title):
     chosen = images[torch.cat(variety).topk(min(COLUMNS, len(images))).indices]
     rows = {"original": to_float(chosen)}
     for name, reconstruct in reconstructions.items():
-        kept = evaluate_images(reconstruct, chosen, with_detail=True)["chroma_kept"]
-        rows[f"{name}\n{kept:.0%} of colour"] = reconstruct(to_float(chosen))
+        found = evaluate_images(reconstruct, chosen, with_detail=True)
+        if "chroma_kept" in found:
+            name += f"\n{found['chroma_kept']:.0%} of colour"
+        rows[name] = reconstruct(to_float(chosen))
     figure, axes = image_grid(len(rows), len(chosen), title)
     for row, (name, batch) in enumerate(rows.items()):
         label_row(axes[row][0], name)
@@ -258,10 +260,14 @@ def load_models(settings):
     """name → model, the teacher first if there is one; the student's path and its checkpoint."""
     student_path = find_student(settings.student, settings.checkpoint_dir)
     student, checkpoint = load_model(student_path, TinyVAE32)
-    named = settings.teacher or checkpoint.get("record", {}).get("teacher") or TEACHER_FILE
+    record, models = checkpoint.get("record", {}), {"student": student}
+    named = settings.teacher or record.get("teacher") or TEACHER_FILE
+    named = TEACHER_FILE if named == "train" else named
     teacher_path = find_checkpoint(Path(named), settings.checkpoint_dir)
-    models = {"student": student}
-    if teacher_path.exists() or settings.teacher:
+    if not settings.teacher and not record.get("with_teacher", True):
+        print("teacher  none: the student was trained without one")
+        teacher_path = None
+    elif teacher_path.exists() or settings.teacher:
         models = {"teacher": load_model(teacher_path, StandardVAE)[0]} | models
         print(f"teacher  {teacher_path}")
     else:
@@ -290,7 +296,7 @@ def print_answer(found, pca_components, test, data):
             f"{teacher['weight_bytes'] / student['weight_bytes']:.1f} times smaller weights"
         )
     else:
-        print("  its teacher is not here to compare with: --teacher PATH")
+        print("  compared with no teacher: --teacher PATH names one")
 
 
 def evaluate(settings):

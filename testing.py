@@ -23,7 +23,7 @@ TINY = (
     "--data", "dead-leaves", "--vgg", "random", "--limit", "64", "--batch-size", "32",
     "--teacher-channels", "16,32,64,128", "--teacher-latent-dim", "128", "--teacher-epochs", "2",
     "--epochs", "3", "--save-every", "2", "--device", "cpu", "--precision", "fp32",
-    "--teacher", "train",
+    "--teacher", "train", "--perceptual-start", "0",
 )
 
 
