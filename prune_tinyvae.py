@@ -46,7 +46,7 @@ LIMIT = 0  # train on the first N images; 0 uses all
 TEACHER = None  # to distil from: a file in the checkpoint folder, or a path; or None
 VGG = "imagenet"  # VGG16 of the perceptual term: imagenet, random, none, or a state dict's path
 EPOCHS = 5  # epochs of each student
-LEARNING_RATE = 1e-3  # at the peak
+LEARNING_RATE = 3e-3  # at the peak
 SEED = 0  # of weights, image order and latent samples
 
 # --- Measuring ---

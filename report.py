@@ -78,6 +78,8 @@ def draw_curves(path, rows, title):
 
         def plot(ax, column, epochs=epochs, stage_rows=stage_rows, marker=marker, **style):
             values = [row.get(column) for row in stage_rows]
+            if column.endswith("_weighted"):  # 0: a term that has not begun
+                values = [value or None for value in values]
             if any(value is not None for value in values):
                 ax.plot(epochs, values, marker=marker, markersize=3, **style)
 
@@ -85,8 +87,8 @@ def draw_curves(path, rows, title):
         if stage == "student":
             for term in TERMS:
                 plot(axes[1], f"{term}_weighted", label=term)
-        best = min(row["val_mse"] for row in stage_rows)
-        plot(axes[2], "val_mse", color=colour, label=f"{stage}, best {best:.4f}")
+        last = stage_rows[-1]["val_mse"]
+        plot(axes[2], "val_mse", color=colour, label=f"{stage}, last {last:.5f}")
         plot(axes[3], "kl_nats", color=colour, label=stage)
         plot(axes[4], "active_dims", color=colour, label=stage)
         plot(axes[5], "learning_rate", color=colour, label=stage)
