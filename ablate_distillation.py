@@ -101,7 +101,7 @@ SCRATCH = {"reconstruction_weight": 1, "latent_weight": 0, "output_weight": 0, "
 # What each variant changes: settings of distill_tinyvae.py.
 CHANGES = {
     # The full loss without what the teacher gives; VGG16 and the second look at the image, decoded
-    # from mu, stay. Only this control says what the teacher is worth.
+    # from mu, stay. This control says what the teacher is worth.
     "no teacher": {"latent_weight": 0, "output_target": "image"},
     "no reconstruction": {"reconstruction_weight": 0},
     "no KL": {"kl_weight": 0},
@@ -355,7 +355,7 @@ def draw_rate_distortion(path, summary, baselines, title):
             )
             ax.set_ylim(min(bottom, 0.97 * baselines["PCA"]), top)
         ax.set_xlim(left * 0.95, right * 1.15)
-        ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+        ax.xaxis.set_major_locator(LogLocator(subs=range(1, 10)))
         ax.xaxis.set_major_formatter("{x:g}")
         ax.xaxis.set_minor_formatter("")
         ax.tick_params(labelsize=8)

@@ -94,8 +94,8 @@ KINDS = {
     "OUTPUT_DIR": file_path(),
 }
 
-# The step that is timed: the five terms with the weights of distill_tinyvae.py, each computed in
-# every step, and Adam.
+# The step that is timed: five terms with the weights of distill_tinyvae.py in every step, the
+# output term softened, and Adam.
 TEACHER_KL_WEIGHT, LATENT_VARIANCE, TEMPERATURE = 0.01, 0.1, 3.0
 WEIGHTS = {"reconstruction": 0.3, "kl": 0.1, "latent": 0.3, "output": 0.2, "perceptual": 0.1}
 SCALES = {"kl": 0.4, "perceptual": 4.0}

@@ -3,7 +3,7 @@
     python distill_tinyvae.py --demo      # a small run without downloads: two minutes on 2 cores
     python distill_tinyvae.py             # CIFAR-10 and ImageNet VGG16, both downloaded (700 MB)
     python distill_tinyvae.py --teacher train             # the five-term distillation
-    python distill_tinyvae.py --resume    # continue a run that stopped, however it stopped
+    python distill_tinyvae.py --resume    # with its other flags: continue a run that stopped
     python distill_tinyvae.py --data PATH --vgg PATH      # your images, your VGG16 weights
     torchrun --nproc_per_node=2 distill_tinyvae.py        # two processes, the same result
     python distill_tinyvae.py --limit 5000 --epochs 10 \\
@@ -57,7 +57,7 @@ DATA = "cifar10"  # cifar10, photo-crops, dead-leaves (data.py), or a folder wit
 LIMIT = 0  # use the first N training images; 0 uses all
 
 # --- Teacher ---
-TEACHER = None  # None: without a teacher; train: train one, stage 1; or a trained one's checkpoint
+TEACHER = None  # None: no teacher; train: train one first, stage 1; or the path of a trained one
 TEACHER_LATENT_DIM = 512  # latents, at least as many as the student's
 TEACHER_CHANNELS = (64, 128, 256, 512)  # out of its four encoder stages; the decoder mirrors them
 TEACHER_EPOCHS = 20  # epochs of stage 1
@@ -73,7 +73,7 @@ EPOCHS = 100  # epochs of stage 2
 OPTIMIZER = "muon"  # muon, for matrices and kernels, with Adam for the rest; or adam for all
 LEARNING_RATE = 3e-3  # at the peak
 
-# --- The five terms of the student's loss ---
+# --- The terms of the student's loss: four, and the latent one with a teacher ---
 RECONSTRUCTION_WEIGHT = 0.3  # squared error of pixels in [0, 1], of a sample
 KL_WEIGHT = 0.1  # nats per image dimension; lower: more nats, less error
 KL_SCALE = 0.4  # times KL_WEIGHT: at 1 the student would end with some 30 nats less

@@ -1,4 +1,5 @@
-"""The five terms of the distillation loss; distill_tinyvae.py weights and adds them.
+"""The terms of the student's loss; distill_tinyvae.py weights and adds them. The squared output
+term is `reconstruction_loss` of what is decoded from mu.
 
 Squared errors are means over what they compare, pixel or feature values; nats are divided by the
 3,072 values of an image. With pixels and nats over the same divisor, the weight of the KL over that
