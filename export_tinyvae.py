@@ -2,7 +2,7 @@
 
     python export_tinyvae.py                      # onnx/encoder.onnx and onnx/decoder.onnx
     python export_tinyvae.py --fp16 --int8        # half precision and INT8 beside them
-    python export_tinyvae.py --int8 --executorch  # and tinyvae.pte, tinyvae_int8.pte
+    python export_tinyvae.py --int8 --executorch --int8-tolerance 0.07   # and two .pte files
     python export_tinyvae.py --web                # renew what the page in web/ shows
     python export_tinyvae.py --student PATH --export-dir onnx/mine --data PATH
 

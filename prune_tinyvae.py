@@ -11,9 +11,8 @@ stay. Then distill_tinyvae.py trains it on. Beside each stands a fresh student: 
 numbers, loss and steps, from random weights.
 
 The same command again resumes where it stopped. Writes the students into checkpoints/pruned/,
-pruning.csv and pruning.png, and prints a table. On 2 CPU cores a student takes about 5 minutes for
-5 epochs of CIFAR-10.
-Needs `pip install -r requirements-deploy.txt`.
+pruning.csv and pruning.png, and prints a table. On one CPU core a student takes about 5 minutes for
+5 epochs of CIFAR-10. Needs `pip install -r requirements-deploy.txt`.
 """
 
 import copy

@@ -241,10 +241,11 @@ def draw_colours(path, images, reconstructions, title):
     chosen = images[torch.cat(variety).topk(min(COLUMNS, len(images))).indices]
     rows = {"original": to_float(chosen)}
     for name, reconstruct in reconstructions.items():
-        found = evaluate_images(reconstruct, chosen, with_detail=True)
+        batch = reconstruct(to_float(chosen))
+        found = evaluate_images(lambda _, batch=batch: batch, chosen, with_detail=True)
         if "chroma_kept" in found:
             name += f"\n{found['chroma_kept']:.0%} of colour"
-        rows[name] = reconstruct(to_float(chosen))
+        rows[name] = batch
     figure, axes = image_grid(len(rows), len(chosen), title)
     for row, (name, batch) in enumerate(rows.items()):
         label_row(axes[row][0], name)
