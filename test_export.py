@@ -11,6 +11,7 @@ from PIL import Image
 import data
 import export_tinyvae
 import models
+import onnx_models
 import storage
 from runtime import InputError
 from settings import parse_settings
@@ -73,7 +74,7 @@ def test_exported_files_are_the_student(tmp_path, capsys, monkeypatch):
 
 def test_a_form_that_is_not_the_student_is_not_written(tmp_path, monkeypatch):
     needs_onnx()
-    split_vae = export_tinyvae.split_vae
+    split_vae = onnx_models.split_vae
 
     def damaged(vae):
         parts = split_vae(vae)
@@ -92,7 +93,7 @@ def test_each_form_is_held_to_its_tolerance():
     true = {"mse": 0.01, "kl_nats": 80.0}
 
     def refuse(name, **found):
-        form = export_tinyvae.Form(name, {}, None, None)
+        form = onnx_models.Form(name, {}, None, None)
         found = {"mse": 0.01, "kl_nats": 80.0, "largest": {"mu": 0.0, "image": 0.5}} | found
         export_tinyvae.refuse_difference(form, found, true, settings)
 
@@ -108,7 +109,7 @@ def test_each_form_is_held_to_its_tolerance():
 
 
 def test_values_that_are_no_numbers_do_not_pass_for_equal():
-    nothing = export_tinyvae.Form(
+    nothing = onnx_models.Form(
         "ONNX fp16",
         {},
         lambda images: torch.full((2, len(images), 64), math.nan).unbind(),
@@ -116,7 +117,7 @@ def test_values_that_are_no_numbers_do_not_pass_for_equal():
     )
     vae = TinyVAE32().eval()
     vae.check_range = False
-    reference = export_tinyvae.Form("PyTorch fp32", {}, vae.encode, vae.decode)
+    reference = onnx_models.Form("PyTorch fp32", {}, vae.encode, vae.decode)
     found = export_tinyvae.measure(nothing, reference, data.dead_leaves(4, "test"))
     assert all(math.isnan(value) for value in found["largest"].values())
 
