@@ -4,6 +4,8 @@ Each student is trained by a run of distill_tinyvae.py, with other flags, in a f
 run that stopped is resumed, and one that is done is not repeated.
 """
 
+import contextlib
+import csv
 import subprocess
 import sys
 from pathlib import Path
@@ -14,12 +16,34 @@ from data import Split, load_test_images, load_training_images, spread
 from metrics import encode_means
 from models import find_checkpoint, load_model
 from runtime import InputError, describe_device, pick_device, pick_precision
-from standard_vae import StandardVAE
-from storage import fingerprint, load_checkpoint
+from settings import Kind, must, whole
+from storage import fingerprint, load_checkpoint, locked
+from vae import VAE
 from vgg import VGGFeatures, load_vgg16
 
 SCRIPT = Path(__file__).resolve().parent / "distill_tinyvae.py"
 SPLITS = {"val": "validation", "test": "test"}
+SHAPE = ("encoder_channels", "latent_dim", "decoder_channels")  # of a TinyVAE32
+
+
+def shape():
+    """A setting: the shape of a TinyVAE32 in a word, 16-32-64-128_64_128-64-32-16 for the default:
+    channels of its encoder, latents, channels of its decoder. Constructor arguments."""
+
+    def read(word):
+        must(isinstance(word, str))
+        encoder, latents, decoder = word.split("_")
+        sides = [[whole(1).read(width) for width in side.split("-")] for side in (encoder, decoder)]
+        must(all(len(side) == 4 for side in sides))
+        return dict(zip(SHAPE, (sides[0], whole(1).read(latents), sides[1])))
+
+    return Kind(read, "a shape like 16-32-64-128_64_128-64-32-16")
+
+
+def shape_name(shape):
+    """Constructor arguments of a TinyVAE32 → the word for its shape."""
+    encoder, latents, decoder = (shape[name] for name in SHAPE)
+    return f"{'-'.join(map(str, encoder))}_{latents}_{'-'.join(map(str, decoder))}"
 
 
 def as_flags(settings):
@@ -35,7 +59,7 @@ def as_flags(settings):
     return words
 
 
-def run_distillation(label, folder, settings):
+def run_distillation(label, folder, settings, is_hopeless=None):
     """Train a student by distill_tinyvae.py, or resume it, or find that it is done.
 
     Args:
@@ -43,9 +67,11 @@ def run_distillation(label, folder, settings):
         folder: for its checkpoints, metrics.csv, pictures, and log.txt with what the run prints.
         settings: name → value, those that differ from the constants of the script. START, DEMO and
             OVERWRITE are of a single run: edited in the script, they do not count here.
+        is_hopeless: called with the validation errors (of samples) of the epochs so far; True
+            stops the run.
 
-    Returns the content of its tinyvae_last.pth. Raises InputError if the run fails; the script's
-    own words are on the terminal by then.
+    Returns the content of its tinyvae_last.pth, or None if the run was stopped. Raises InputError
+    if it fails; the script's own words are on the terminal by then.
     """
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / "log.txt"
@@ -53,14 +79,48 @@ def run_distillation(label, folder, settings):
     folders = {"checkpoint_dir": folder, "output_dir": folder, "resume": True}
     command = [sys.executable, SCRIPT, *as_flags(fixed | settings | folders)]
     print(f"\n{label}: {folder}", flush=True)
-    with log.open("a") as file:
-        done = subprocess.run(command, stdout=file)
-    if done.returncode:
+    with locked(folder, wait=True, name=".started"), log.open("a") as file:
+        with locked(folder, wait=True):  # for a run that has outlived what started it
+            pass
+        code = run_process(
+            command, file, lambda: is_hopeless and is_hopeless(validation_errors(folder))
+        )
+    if code is None:
+        return None
+    if code:
         raise InputError(
             f"{label} did not finish, for the reason above: correct that and repeat the command "
             f"(remove {folder} to train it again)"
         )
     return load_checkpoint(folder / "tinyvae_last.pth")
+
+
+def run_process(command, stdout, is_to_stop):
+    """Run a command, asking every second whether to stop it. Its exit code, None if stopped."""
+    process = subprocess.Popen(command, stdout=stdout)
+    try:
+        while process.poll() is None:
+            if is_to_stop():
+                return None
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(1)
+        return process.returncode
+    finally:  # also where this process is interrupted
+        process.terminate()  # does nothing to one that has ended
+        process.wait()
+
+
+def validation_errors(folder):
+    """The student's, of samples, an epoch each, from metrics.csv, which a run may still write."""
+    path = folder / "metrics.csv"
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return [
+            float(row["val_sampled_mse"])
+            for row in csv.DictReader(file)
+            if row["stage"] == "student"
+        ]
 
 
 class Comparison:
@@ -83,7 +143,7 @@ class Comparison:
         self.teacher, self.teacher_path, self.teacher_sha256 = None, None, ""
         if settings.teacher:
             self.teacher_path = find_checkpoint(settings.teacher, settings.checkpoint_dir)
-            teacher, checkpoint = load_model(self.teacher_path, StandardVAE)
+            teacher, checkpoint = load_model(self.teacher_path, VAE)
             self.teacher = teacher.to(self.device, memory_format=torch.channels_last)
             self.teacher_sha256 = fingerprint(teacher)
             trained_on = checkpoint.get("record", {}).get("data", trained_on)

@@ -1,14 +1,20 @@
 """Fixtures of the test suite, and one thread for each of pytest's workers."""
 
+import contextlib
 import os
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 pytest.register_assert_rewrite("testing")
 
+import comparison  # noqa: E402
+import distill_tinyvae  # noqa: E402
 import report  # noqa: E402
 import runs  # noqa: E402
+from runtime import InputError  # noqa: E402
 from testing import TINY, folders, start  # noqa: E402
 
 # pytest runs two workers (pyproject.toml): one thread for each of them and of what they start.
@@ -32,3 +38,23 @@ def without_pictures(monkeypatch):
     """Drawing takes longer than a tiny training."""
     for module in (report, runs):
         monkeypatch.setattr(module, "draw", lambda *args: None)
+
+
+@pytest.fixture
+def in_this_process(monkeypatch, without_pictures):
+    """distill_tinyvae.py without starting Python anew; returns the folders it was called for."""
+    called = []
+
+    def run(command, stdout, is_to_stop):
+        flags = [str(word) for word in command[2:]]
+        called.append(Path(flags[flags.index("--checkpoint-dir") + 1]).name)
+        try:
+            with contextlib.redirect_stdout(stdout):
+                distill_tinyvae.main(flags)
+        except InputError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+        return 0
+
+    monkeypatch.setattr(comparison, "run_process", run)
+    return called

@@ -77,6 +77,7 @@ LEARNING_RATE = 3e-3  # at the peak
 RECONSTRUCTION_WEIGHT = 0.3  # squared error of pixels in [0, 1], of a sample
 KL_WEIGHT = 0.1  # nats per image dimension; lower: more nats, less error
 KL_SCALE = 0.4  # times KL_WEIGHT: with 0.4 the student ends near the 87 nats quoted for the design
+RATE = None  # nats to hold the KL at, by a further factor that moves; None: its weight decides
 LATENT_WEIGHT = 0.3  # squared distance of mu to the teacher's projected mu, in nats; with a teacher
 LATENT_VARIANCE = 0.1  # that distance is divided by 2 × this; near the posterior's variance
 LATENT_FADE = 0.3  # fraction of the steps over which the latent term fades; 0: it does not
@@ -89,10 +90,11 @@ PERCEPTUAL_WEIGHT = 0.1  # squared distance of VGG16 features, of the mean
 PERCEPTUAL_SCALE = 4.0  # times PERCEPTUAL_WEIGHT: a mean over channels of unit vectors is small
 PERCEPTUAL_IMAGES = 8  # images of each batch that VGG16 sees; 0: all, less noisy and far slower
 PERCEPTUAL_START = 0.7  # fraction of the epochs before the perceptual term begins; 1: never
-PROJECTION = "orthonormal"  # of the teacher's mu, learned; or fixed, random, free (losses.py)
+PROJECTION = "orthonormal"  # of the teacher's mu; or fixed, random, free, identity (losses.py)
 VGG = "imagenet"  # imagenet (downloaded), random (untrained), none, or a state dict's path
 
 # --- Optimisation, both stages ---
+CALIBRATION = "means"  # BatchNorm's final statistics in the decoder: of means, or both with samples
 BATCH_SIZE = 64  # images per step
 WARMUP = 0.05  # fraction of a stage's steps in which the learning rate rises; then a cosine to zero
 SEED = 0  # of weights, image order and latent samples
@@ -122,6 +124,7 @@ KINDS = {
     "START": file_path(none=None), "EPOCHS": whole(1), "OPTIMIZER": one_of("adam", "muon"),
     "LEARNING_RATE": number(0, above=True),
     "RECONSTRUCTION_WEIGHT": AT_LEAST_0, "KL_WEIGHT": AT_LEAST_0, "KL_SCALE": number(0, above=True),
+    "RATE": number(0, above=True, none=None),
     "LATENT_WEIGHT": AT_LEAST_0, "LATENT_VARIANCE": number(0, above=True), "LATENT_FADE": FRACTION,
     "LATENT_FLOOR": FRACTION, "OUTPUT_WEIGHT": AT_LEAST_0,
     "OUTPUT_TARGET": one_of("teacher", "image"), "OUTPUT_LOSS": one_of("softened", "squared"),
@@ -129,6 +132,7 @@ KINDS = {
     "PERCEPTUAL_WEIGHT": AT_LEAST_0, "PERCEPTUAL_SCALE": number(0, above=True),
     "PERCEPTUAL_IMAGES": whole(0, none=0), "PERCEPTUAL_START": FRACTION,
     "PROJECTION": one_of(*PROJECTIONS), "VGG": text(none="none"),
+    "CALIBRATION": one_of("means", "both"),
     "BATCH_SIZE": whole(2),  # BatchNorm needs two images to have a variance
     "WARMUP": FRACTION, "SEED": whole(0, 2**32 - 1),
     "DEVICE": one_of("auto", "cuda", "cpu", "mps"),
@@ -251,7 +255,7 @@ def distil_student(run, teacher, teacher_rows, vgg, student):
             }
             weighted = {
                 "reconstruction": s.reconstruction_weight * terms["reconstruction"],
-                "kl": s.kl_weight * s.kl_scale * terms["kl"],
+                "kl": s.kl_weight * s.kl_scale * stage.kl_factor * terms["kl"],
                 "latent": s.latent_weight * fade() * terms["latent"],
                 "output": s.output_weight * terms["output"],
                 "perceptual": s.perceptual_weight * s.perceptual_scale * terms["perceptual"],
@@ -261,6 +265,8 @@ def distil_student(run, teacher, teacher_rows, vgg, student):
         optimizer.step()
         if projection is not None:
             projection.retract()  # rows orthonormal again, after a step away from it
+        if s.rate:
+            stage.hold_rate(terms["kl"], s.rate)
         stage.log(loss, terms, weighted)
 
     def perceptual(reconstruction, images, is_on):
@@ -308,26 +314,28 @@ def distil(settings, device):
             raise InputError("--teacher-outputs keeps a teacher's outputs: add a --teacher")
     if not any(getattr(s, f"{term}_weight") for term in TERMS):
         raise InputError("all five weights are zero: there is nothing to train on")
+    if s.rate and not s.kl_weight:
+        raise InputError("--rate holds the KL by its weight, which is 0: raise --kl-weight")
     if s.batch_size % world_size() or s.perceptual_images % world_size():
         raise InputError(
             f"{world_size()} processes share each batch evenly: make --batch-size and "
             f"--perceptual-images multiples of {world_size()}"
         )
     refuse_other_file(s.teacher_outputs)
-    run, vgg, student = runs.begin(s, device)
-    report.print_summary(run)
-    start = time.perf_counter()
-    teacher, rows = runs.load_teacher(run)
-    if teacher is None and run.needs_teacher:
-        teacher, rows = train_teacher(run)
-        runs.finish_teacher(run, teacher, rows)
-    if teacher:
-        teacher.eval().requires_grad_(False)
-    best, rows = distil_student(run, teacher, rows, vgg, student)
-    if not rank():
-        report.draw(run, teacher, best, rows, "its best epoch")
-        seconds = time.perf_counter() - start
-        report.print_results(run, teacher, best, seconds, runs.written_files(run))
+    with runs.begin(s, device) as (run, vgg, student):
+        report.print_summary(run)
+        start = time.perf_counter()
+        teacher, rows = runs.load_teacher(run)
+        if teacher is None and run.needs_teacher:
+            teacher, rows = train_teacher(run)
+            runs.finish_teacher(run, teacher, rows)
+        if teacher:
+            teacher.eval().requires_grad_(False)
+        best, rows = distil_student(run, teacher, rows, vgg, student)
+        if not rank():
+            report.draw(run, teacher, best, rows, "its best epoch")
+            seconds = time.perf_counter() - start
+            report.print_results(run, teacher, best, seconds, runs.written_files(run))
 
 
 def main(argv=None):

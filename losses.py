@@ -143,7 +143,17 @@ class FreeProjection(nn.Module):
         """Nothing: there is no constraint to return to."""
 
 
-PROJECTIONS = ("orthonormal", "random", "fixed", "free")
+class NoProjection(nn.Module):
+    """The teacher's mu as it is: for one with the student's number of latents and a like rate."""
+
+    def forward(self, teacher_mu):
+        return teacher_mu
+
+    def retract(self):
+        """Nothing: nothing is learned."""
+
+
+PROJECTIONS = ("orthonormal", "random", "fixed", "free", "identity")
 
 
 def make_projection(kind, teacher_mu, latent_dim, student_mu=None):
@@ -152,7 +162,7 @@ def make_projection(kind, teacher_mu, latent_dim, student_mu=None):
     Args:
         kind: `orthonormal` starts at the leading principal components and learns; `random` starts
             at random directions of the leading 128; `fixed` does not learn; `free` is a
-            FreeProjection.
+            FreeProjection; `identity` a NoProjection.
         teacher_mu: of the training images, N×512.
         latent_dim: the student's.
         student_mu: of the same images, N×latent_dim, where the student is trained already: the
@@ -161,6 +171,8 @@ def make_projection(kind, teacher_mu, latent_dim, student_mu=None):
     """
     if kind == "free":
         return FreeProjection(teacher_mu, latent_dim)
+    if kind == "identity":
+        return NoProjection()
     projection = LatentProjection(teacher_mu, latent_dim)
     with torch.no_grad():
         if kind == "random":

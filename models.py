@@ -1,15 +1,18 @@
 """From a checkpoint to its model and the images it was trained on; how large a model is."""
 
+import copy
 import io
 from pathlib import Path
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from data import load_test_images, load_training_images
 from runtime import InputError
 from standard_vae import StandardVAE
 from storage import load_checkpoint
 from tiny_vae_32 import TinyVAE32
+from vae import IMAGE_SHAPE
 
 BEST_STUDENT = "tinyvae_best.pth"  # what a run leaves
 RELEASED = Path(__file__).resolve().parent / "checkpoints" / "tinyvae_cifar10.pth"
@@ -21,7 +24,7 @@ def load_model(path, expected):
 
     Args:
         path: the checkpoint.
-        expected: the class it should hold, such as TinyVAE32.
+        expected: the class it should hold, such as TinyVAE32, or VAE for any of them.
 
     Returns (model, checkpoint), the model in evaluation mode on the CPU. Raises InputError for what
     `load_checkpoint` refuses, for another class, and for weights that do not fit.
@@ -32,10 +35,11 @@ def load_model(path, expected):
         raise InputError(f"{path} is not a model checkpoint of this project: name one that is")
     arguments = dict(architecture)
     name = arguments.pop("name", None)
-    if MODELS.get(name) is not expected:
+    found = MODELS.get(name)
+    if found is None or not issubclass(found, expected):
         raise InputError(f"{path} holds a {name}, but a {expected.__name__} is needed here")
     try:
-        model = expected(**arguments)
+        model = found(**arguments)
         model.load_state_dict(checkpoint["model"])
     except (TypeError, ValueError, RuntimeError, AttributeError) as error:
         reason = str(error).splitlines()[0]
@@ -101,3 +105,12 @@ def weight_bytes(model):
 def count_parameters(model):
     """Number of trainable and frozen parameters; BatchNorm's running statistics do not count."""
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def count_macs(vae):
+    """Multiply-accumulates to encode and decode one image."""
+    vae = copy.deepcopy(vae).to("meta").eval()  # nothing is computed
+    vae.check_range = False
+    with FlopCounterMode(display=False) as counter:
+        vae(torch.empty(1, *IMAGE_SHAPE, device="meta"))
+    return counter.get_total_flops() // 2

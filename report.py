@@ -17,13 +17,17 @@ def print_summary(run):
     s, record = run.settings, run.record
     weights = ", ".join(f"{term} {getattr(s, f'{term}_weight'):g}" for term in TERMS)
     beta, processes = record["effective_beta"], record["processes"]
+    kl = f"× {s.kl_scale:g}; effective beta {'none' if beta is None else f'{beta:.3g}'} (KL "
+    kl += "against the reconstruction term alone)"
+    if s.rate:
+        kl = f"held at {s.rate:g} nats by its weight"
     output = f"at T = {s.temperature:g}" if s.output_loss == "softened" else "squared"
-    teacher = f"StandardVAE, {s.teacher}"
+    teacher = "none: no term needs one"
     if s.teacher is None:
         teacher = "none: no latent term, and the output term compares with the image"
-    elif s.teacher == "train" and not run.needs_teacher:
-        teacher = "none: no term needs one"
-    elif s.teacher == "train":
+    elif s.teacher != "train":
+        teacher = f"{record['teacher_architecture']['name']}, {s.teacher}"
+    elif run.needs_teacher:
         teacher = (
             f"StandardVAE, {s.teacher_epochs} epochs, beta {s.teacher_kl_weight:g}, Adam, peak "
             f"learning rate {s.teacher_learning_rate:g}"
@@ -36,8 +40,7 @@ def print_summary(run):
         f"loss         {weights}\n"
         f"             output: the {s.output_target}'s pixels, {output}; perceptual × "
         f"{s.perceptual_scale:g}, from {s.perceptual_start:.0%} of the epochs on\n"
-        f"             KL × {s.kl_scale:g}; effective beta "
-        f"{'none' if beta is None else f'{beta:.3g}'} (KL against the reconstruction term alone)\n"
+        f"             KL {kl}\n"
         f"VGG16        {record['vgg_weights']}\n"
         f"optimiser    {s.optimizer.capitalize()}, peak learning rate {s.learning_rate:g}, batch "
         f"{s.batch_size}, seed {s.seed}\n"

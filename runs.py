@@ -1,5 +1,6 @@
 """A run of distill_tinyvae.py as a whole: its record, its files, earlier runs in its folders."""
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,11 +18,13 @@ from storage import (
     check_writable,
     fingerprint,
     load_checkpoint,
+    locked,
     save_checkpoint,
     write_csv,
     write_json,
 )
 from tiny_vae_32 import TinyVAE32
+from vae import VAE
 from vgg import load_vgg16
 
 TEACHER, TEACHER_STATE = "teacher_vae.pth", "teacher_last.pth"
@@ -34,8 +37,8 @@ DRAWN = (*PICTURES, "evaluation.json", "samples.png", "traversal.png", "colours.
 
 COLUMNS = (  # of metrics.csv; kl is in nats / 3072, *_weighted are the parts of the loss
     "stage", "epoch", "loss", *TERMS, *(f"{term}_weighted" for term in TERMS), "val_mse",
-    "val_psnr", "kl_nats", "kl_per_latent", "active_dims", "projected_std", "learning_rate",
-    "ms_per_step", "seconds",
+    "val_psnr", "val_sampled_mse", "kl_nats", "kl_per_latent", "active_dims", "projected_std",
+    "learning_rate", "ms_per_step", "seconds",
 )
 
 # What makes a teacher the same teacher.
@@ -97,10 +100,12 @@ class Run:
 # --- The start of a run ---
 
 
+@contextlib.contextmanager
 def begin(settings, device):
-    """Load what a run needs, refuse what cannot work, write config.json.
+    """Load what a run needs, refuse what cannot work, write config.json. Within it, the run's
+    folders are locked: no other run gets to write into them.
 
-    Returns the Run, VGG16's layers and the student to start from, None where there is none.
+    Yields the Run, VGG16's layers and the student to start from, None where there is none.
     """
     s = settings
     precision = pick_precision(s.precision, device)
@@ -112,16 +117,18 @@ def begin(settings, device):
                 f"{path} is one of the files that this run writes: copy it elsewhere, or name "
                 "another --checkpoint-dir and --output-dir"
             )
-    teacher_record, student = {"teacher_sha256": ""}, None  # a teacher of stage 1 has its recipe
+    teacher_shape, student = None, None
+    teacher_record = {"teacher_sha256": ""}  # a teacher of stage 1 has its recipe
     known = ("teacher_epochs", "teacher_kl_weight", "teacher_learning_rate")
     if s.teacher is None:
         teacher_record |= dict.fromkeys((*known, "teacher_latent_dim", "teacher_channels"))
     if teacher_file:
-        teacher, checkpoint = load_model(teacher_file, StandardVAE)
+        teacher, checkpoint = load_model(teacher_file, VAE)
         teacher_record = {key: checkpoint.get("record", {}).get(key) for key in known}
         teacher_record["teacher_sha256"] = fingerprint(teacher)
-        s.teacher_latent_dim = teacher.architecture["latent_dim"]
-        s.teacher_channels = teacher.architecture["channels"]
+        teacher_shape = teacher.architecture
+        s.teacher_latent_dim = teacher.latent_dim
+        s.teacher_channels = teacher.architecture.get("channels")
     if s.start:
         student, _ = load_model(s.start, TinyVAE32)
         for name in ("latent_dim", "encoder_channels", "decoder_channels"):
@@ -141,11 +148,14 @@ def begin(settings, device):
     }
     with torch.device("meta"):  # for its description alone
         shape = TinyVAE32(s.latent_dim, s.encoder_channels, s.decoder_channels).architecture
-        teacher_shape = StandardVAE(s.teacher_latent_dim, s.teacher_channels).architecture
-    beta = s.kl_weight * s.kl_scale / s.reconstruction_weight if s.reconstruction_weight else None
+        if s.teacher == "train":
+            teacher_shape = StandardVAE(s.teacher_latent_dim, s.teacher_channels).architecture
+    beta = None  # where there is no such number
+    if s.reconstruction_weight and not s.rate:
+        beta = s.kl_weight * s.kl_scale / s.reconstruction_weight
     record = in_force | images.record | vgg_record | teacher_record | {
         "architecture": shape,
-        "teacher_architecture": teacher_shape if s.teacher else None,
+        "teacher_architecture": teacher_shape,
         "with_teacher": s.teacher is not None,
         "start_sha256": fingerprint(student) if student else "",
         "effective_beta": beta,  # of (summed squared error + beta × summed KL), without the others
@@ -163,17 +173,24 @@ def begin(settings, device):
             f"{s.latent_dim}, which learn from them: {remedy}"
             + (", or lower --latent-dim" if not s.start else "")
         )
-    if not rank():
-        check_writable(s.checkpoint_dir)
-        check_writable(s.output_dir)
-        if s.overwrite:
-            remove_earlier_run(run)
-    wait_for_all()
-    check_earlier_run(run)
-    wait_for_all()
-    if not rank():
-        write_json(run.output("config.json"), record)
-    return run, vgg, student
+    if s.latent_weight and s.projection == "identity" and s.teacher_latent_dim != s.latent_dim:
+        raise InputError(
+            f"--projection identity takes the teacher's code as it is, but the teacher has "
+            f"{s.teacher_latent_dim} latents and the student {s.latent_dim}: name another one"
+        )
+    with contextlib.ExitStack() as locks:
+        if not rank():
+            for folder in sorted({path.resolve() for path in (s.checkpoint_dir, s.output_dir)}):
+                check_writable(folder)
+                locks.enter_context(locked(folder))
+            if s.overwrite:
+                remove_earlier_run(run)
+        wait_for_all()
+        check_earlier_run(run)
+        wait_for_all()
+        if not rank():
+            write_json(run.output("config.json"), record)
+        yield run, vgg, student
 
 
 # --- Is it the same run? ---
@@ -259,7 +276,7 @@ def load_teacher(run):
         return None, []
     if not given and not rank():  # left by a run that died as stage 1 ended
         run.checkpoint(TEACHER_STATE).unlink(missing_ok=True)
-    teacher, checkpoint = load_model(path, StandardVAE)
+    teacher, checkpoint = load_model(path, VAE)
     record, rows = checkpoint.get("record", {}), checkpoint.get("rows", [])
     details = [f"validation MSE {rows[-1]['val_mse']:.5f}"] if rows else []
     if "device_name" in record:

@@ -10,6 +10,7 @@ import pickle
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 
 from runtime import InputError
 
@@ -38,9 +39,31 @@ def write_bytes(path, content):
 
 def check_writable(folder):
     """Make a folder and try it, before work starts whose results it is to hold."""
-    trial = Path(folder) / "write_test"
+    trial = Path(folder) / f"write_test_{os.getpid()}"  # another process may try the same folder
     write_bytes(trial, b"")
     trial.unlink()
+
+
+@contextlib.contextmanager
+def locked(folder, wait=False, name=".lock"):
+    """Within it, no other process gets the lock of this name in a folder; it ends with its process.
+
+    Raises InputError where another process holds it, unless told to wait.
+    """
+    path = Path(folder) / name
+    lock = FileLock(path)
+    try:
+        lock.acquire(blocking=wait)
+    except Timeout:
+        raise InputError(
+            f"another run is writing into {folder}: wait until it has ended, or name another folder"
+        ) from None
+    except OSError as error:
+        raise InputError(f"could not write {path} ({error.strerror})") from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def write_json(path, record):

@@ -10,8 +10,11 @@ import copy
 import functools
 import json
 import math
+import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 import urllib.request
 from collections import Counter
@@ -41,6 +44,7 @@ import vgg
 from runtime import InputError
 from standard_vae import StandardVAE
 from testing import (
+    HERE,
     TINY,
     assert_same_run,
     assert_same_weights,
@@ -442,23 +446,81 @@ def test_a_step_gets_each_image_of_an_epoch_once_with_its_index():
     assert len(seen) == len(set(seen)) == 32
 
 
-def test_batch_norm_knows_the_images_and_the_means_that_will_be_decoded():
+@pytest.mark.parametrize("with_samples", [False, True])
+def test_batch_norm_knows_the_images_and_the_codes_that_will_be_decoded(with_samples):
     torch.manual_seed(0)
     vae = TinyVAE32()
     images = data.dead_leaves(60, "train")
-    training.calibrate(vae, images, "fp32")
+    state = torch.get_rng_state()
+    training.calibrate(vae, images, "fp32", with_samples)
+    assert torch.equal(torch.get_rng_state(), state)
     assert not any(module.training for module in vae.modules())
     with torch.no_grad():
         floats = data.to_float(images)
-        mu, _ = vae.encode(floats)
+        mu, logvar = vae.encode(floats)
+        codes = mu
+        if with_samples:
+            codes = torch.cat([mu, vae.reparameterize(mu, logvar, random_normal(60, 64))])
         encoded = vae.encoder[0](floats)
-        decoded = vae.decoder[0](vae.decoder_input(mu).view(60, -1, 2, 2))
+        decoded = vae.decoder[0](vae.decoder_input(codes).view(len(codes), -1, 2, 2))
     for layer, seen in ((vae.encoder[1], encoded), (vae.decoder[1], decoded)):
         # BatchNorm sums in single precision: its variances are off by up to 3e-5 of them.
         expected = seen.double().mean((0, 2, 3)), seen.double().var((0, 2, 3))
         torch.testing.assert_close(layer.running_mean.double(), expected[0], atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(layer.running_var.double(), expected[1], atol=1e-5, rtol=1e-4)
         assert layer.momentum == TinyVAE32().decoder[1].momentum
+
+
+def test_the_calibration_asked_for_reaches_the_student(tmp_path, monkeypatch, without_pictures):
+    asked, calibrate = [], training.calibrate
+
+    def spy(model, images, precision, with_samples):
+        asked.append(with_samples)
+        calibrate(model, images, precision, with_samples)
+
+    monkeypatch.setattr(training, "calibrate", spy)
+    for how in ("means", "both"):
+        flags = ("--teacher", "none", "--epochs", "1", "--vgg", "none", "--calibration", how)
+        row = train(tmp_path / how, *flags)[-1]
+        path = tmp_path / how / "checkpoints" / "tinyvae_last.pth"
+        vae, _ = models.load_model(path, TinyVAE32)
+        val = data.load_training_images("dead-leaves", 64).val
+        assert float(row["val_sampled_mse"]) == pytest.approx(metrics.sampled_mse(vae, val))
+    assert asked == [False, True]
+
+
+def test_the_rate_is_held_by_the_weight_of_the_kl():
+    stage = stage_of(TinyVAE32(), data.dead_leaves(34, "train"))
+    steps = 2000
+    stage.done = torch.arange(steps) / steps
+    rates = []
+    for i in range(steps):
+        stage.progress.fill_(i / steps)
+        # A VAE of 64 active latents: half a nat each less as the weight's logarithm rises by one.
+        rates.append(100 - 32 * math.log(stage.kl_factor.item()))
+        stage.hold_rate(torch.tensor(rates[-1] / 3072), 80.0)
+        if i < 0.2 * steps:
+            assert stage.kl_factor == 1  # not yet
+    assert rates[int(0.25 * steps)] < 99 and min(rates) > 79.9
+    assert rates[int(0.6 * steps)] == pytest.approx(80, rel=0.01)
+    assert stage.kl_factor.item() == pytest.approx(math.exp(20 / 32), rel=0.01)
+
+
+def test_a_rate_that_is_asked_for_moves_the_weight_in_training(
+    tmp_path, monkeypatch, capsys, without_pictures
+):
+    monkeypatch.setattr(distill_tinyvae, "kl_loss", lambda mu, logvar: 0 * mu.sum() + 90 / 3072)
+    flags = ("--teacher", "none", "--vgg", "none", "--epochs", "5")
+    rows = train(tmp_path, *flags, "--rate", "60")
+    factors = [float(row["kl_weighted"]) / float(row["kl"]) / 0.04 for row in rows]
+    # Two steps an epoch. What a step finds moves the weight of the next: e^(0.5 · 40 / 10).
+    assert factors[0] == pytest.approx(1)
+    assert factors[2] / factors[1] == pytest.approx(math.exp(4), rel=1e-3)
+    assert "KL held at 60 nats by its weight" in capsys.readouterr().out
+    record = storage.load_checkpoint(tmp_path / "checkpoints" / "tinyvae_last.pth")["record"]
+    assert record["rate"] == 60 and record["effective_beta"] is None
+    with pytest.raises(InputError, match="--rate holds the KL by its weight, which is 0"):
+        train(tmp_path / "none", *flags, "--rate", "60", "--kl-weight", "0")
 
 
 class NoLooking(TorchDispatchMode):
@@ -493,7 +555,8 @@ def test_a_training_step_reads_no_value_on_the_device(
 
     monkeypatch.setattr(training.Stage, "graphed", graphed)
     monkeypatch.setattr(runs, "pick_precision", lambda *_: precision)  # fp16 is refused on a CPU
-    train(tmp_path, "--teacher-epochs", "1", "--epochs", "1", "--optimizer", optimizer)
+    flags = ("--teacher-epochs", "1", "--epochs", "1", "--optimizer", optimizer, "--rate", "50")
+    train(tmp_path, *flags)
     assert calls == {"teacher": 2, "student": 2}
     with NoLooking(), pytest.raises(AssertionError, match="looks at a value"):
         torch.ones(1).sum().item()
@@ -749,6 +812,11 @@ def test_each_projection_learns_as_it_is_called(
         return projection
 
     monkeypatch.setattr(distill_tinyvae, "make_projection", spy)
+    if kind == "identity":  # takes a teacher of as many latents
+        teacher = ("--teacher", str(run / "checkpoints" / "tinyvae_best.pth"))
+        train(tmp_path, *teacher, "--projection", kind, "--epochs", "1")
+        assert starts == [{}]
+        return
     train(tmp_path, *teacher_of(run), "--projection", kind, "--epochs", "1")
     saved = storage.load_checkpoint(tmp_path / "checkpoints" / "tinyvae_last.pth")["projection"]
     (before,) = starts
@@ -770,11 +838,11 @@ def test_each_projection_learns_as_it_is_called(
 def test_a_run_writes_what_it_promises(tiny_run):
     run, output = tiny_run
     assert {path.name for path in (run / "checkpoints").iterdir()} == {
-        "teacher_vae.pth", "tinyvae_best.pth", "tinyvae_last.pth", "tinyvae_epoch_002.pth",
+        "teacher_vae.pth", "tinyvae_best.pth", "tinyvae_last.pth", "tinyvae_epoch_002.pth", ".lock",
     }
     assert {path.name for path in (run / "outputs").iterdir()} == {
         "config.json", "metrics.csv", "training_curves.png", "reconstruction_test.png",
-        "interpolation_test.png",
+        "interpolation_test.png", ".lock",
     }
     rows = read_table(run)
     assert tuple(rows[0]) == runs.COLUMNS
@@ -788,7 +856,7 @@ def test_a_run_writes_what_it_promises(tiny_run):
     assert config["data"] == "dead-leaves" and config["vgg_weights"] == "random, seed 0"
     assert config["temperature"] == 3.0 and "torch" in config["versions"]
     for path in run.rglob("*"):
-        assert path.is_dir() or f"  {path}\n" in output
+        assert path.is_dir() or path.name == ".lock" or f"  {path}\n" in output
     for picture in (run / "outputs").glob("*.png"):
         with Image.open(picture) as image:
             assert min(image.size) > 500
@@ -833,6 +901,28 @@ def test_a_second_run_replaces_nothing_unless_told_to(tiny_run):
             train(run, *flags)
         assert "\n" not in str(refused.value)
     assert contents(run) == before
+
+
+def test_two_runs_do_not_write_into_the_same_folder(tmp_path, without_pictures):
+    for folder in ("checkpoints", "outputs"):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        with (
+            storage.locked(tmp_path / folder),
+            pytest.raises(InputError, match=f"another run is writing into .*{folder}: wait until"),
+        ):
+            train(tmp_path)
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == [".lock"] * 2
+    # The lock of a process that was killed is none.
+    script = "import storage, time\nwith storage.locked('.'): print('held', flush=True); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", script], cwd=tmp_path / "outputs", stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(HERE)},
+    ) as process:
+        assert process.stdout.readline().strip() == b"held"
+        with pytest.raises(InputError, match="another run"):
+            train(tmp_path)
+        process.kill()
+    assert train(tmp_path, "--teacher", "none", "--vgg", "none", "--epochs", "1")
 
 
 def test_overwrite_keeps_a_teacher_of_the_same_settings(tiny_run, tmp_path, capsys, monkeypatch):
@@ -916,7 +1006,7 @@ def test_overwrite_removes_what_was_made_of_the_old_student(tiny_run, tmp_path, 
     with pytest.raises(InputError, match="enough"):
         train(copy, "--overwrite")
     left = {path.name for path in contents(copy)}
-    assert left == {"teacher_vae.pth", "config.json", "note.txt"}
+    assert left == {"teacher_vae.pth", "config.json", "note.txt", ".lock"}
 
 
 def test_the_demo_replaces_its_own_folders_and_no_others(
@@ -1184,11 +1274,12 @@ def train_until_interrupted(monkeypatch, epochs, *arguments):
         train(*arguments)
 
 
-def test_with_adam_for_all_a_run_resumes_bit_for_bit(
-    tiny_run, tmp_path, monkeypatch, without_pictures
+@pytest.mark.parametrize("changes", [("--optimizer", "adam"), ("--rate", "20")])
+def test_with_other_settings_a_run_resumes_bit_for_bit(
+    changes, tiny_run, tmp_path, monkeypatch, without_pictures
 ):
     run, _ = tiny_run
-    flags = (*teacher_of(run), "--epochs", "3", "--optimizer", "adam")
+    flags = (*teacher_of(run), "--epochs", "3", *changes)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     train(whole, *flags)
     train_until_interrupted(monkeypatch, 2, parts, *flags)

@@ -60,10 +60,9 @@ from runtime import (
     versions,
 )
 from settings import file_path, one_of, parse_settings, switch, text, whole
-from standard_vae import StandardVAE
 from storage import write_json
 from tiny_vae_32 import TinyVAE32
-from vae import PIXEL_VALUES
+from vae import PIXEL_VALUES, VAE
 from vgg import VGGFeatures, load_vgg16
 
 HERE = Path(__file__).resolve().parent
@@ -269,7 +268,7 @@ def load_models(settings):
         print("teacher  none: the student was trained without one")
         teacher_path = None
     elif teacher_path.exists() or settings.teacher:
-        models = {"teacher": load_model(teacher_path, StandardVAE)[0]} | models
+        models = {"teacher": load_model(teacher_path, VAE)[0]} | models
         print(f"teacher  {teacher_path}")
     else:
         print(f"teacher  left out: there is no {teacher_path}")

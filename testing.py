@@ -104,10 +104,15 @@ def copy_of(run, tmp_path):
     return tmp_path / "copy"
 
 
-def read_table(run):
-    """The rows of metrics.csv as dictionaries of strings."""
-    with (run / "outputs" / "metrics.csv").open() as file:
+def read_csv(path):
+    """Rows as dictionaries of strings."""
+    with path.open() as file:
         return list(csv.DictReader(file))
+
+
+def read_table(run):
+    """The rows of metrics.csv."""
+    return read_csv(run / "outputs" / "metrics.csv")
 
 
 def read_rows(run):

@@ -16,11 +16,15 @@ import torch
 from cuda_graph import StepGraph
 from data import shuffled_batches, to_float
 from distributed import average, copy_from_first, own_rows, share_batch_norm, world_size
-from metrics import EVALUATION_BATCH, effective_rank, evaluate_vae
+from metrics import EVALUATION_BATCH, effective_rank, evaluate_vae, sampled_mse
 from optimizer import OneCycleOptimizer
 from runtime import InputError, autocast, progress_bar
+from vae import PIXEL_VALUES
 
 CALIBRATION_IMAGES = 5000  # training images that BatchNorm's statistics are taken from
+# Of `hold_rate`: how fast the KL's factor follows, in e-folds a stage at a rate twice too high, and
+# the fraction of the steps before it does: earlier, the rate is far from where it will settle.
+RATE_SPEED, RATE_START = 40, 0.2
 
 
 class Stage:
@@ -77,6 +81,7 @@ class Stage:
         done = [step / steps for step in range(steps)]
         self.done = torch.tensor(done, device=run.device)  # fraction of the steps, at each step
         self.progress = torch.zeros((), device=run.device)  # the same, of the current step
+        self.kl_factor = torch.ones((), device=run.device)  # moved by hold_rate
         self.logged, self.sums = (), None
 
     def graphed(self, step):
@@ -99,6 +104,22 @@ class Stage:
         noise = torch.randn(len(index), self.model.latent_dim, device=index.device)
         index = own_rows(index)
         return to_float(self.run.images[index]), own_rows(noise), index
+
+    def hold_rate(self, kl, nats):
+        """Move `kl_factor`, which multiplies the KL's weight, so that the rate becomes `nats`.
+
+        The integral part of the controller of Shao et al. 2020, "ControlVAE", arXiv:2004.05988, on
+        the logarithm of the weight.
+
+        Args:
+            kl: `kl_loss` of this step's images.
+            nats: the KL of an image to be held.
+        """
+        kl = kl.detach().clone()
+        average([kl])
+        excess = (kl * PIXEL_VALUES / nats - 1).clamp(-1, 1)
+        speed = RATE_SPEED / len(self.done) * (self.progress >= RATE_START)
+        self.kl_factor *= torch.exp(speed * excess)
 
     def log(self, loss, terms, weighted):
         """Add a step's loss, its terms and their weighted parts to the epoch's averages.
@@ -157,11 +178,13 @@ class Stage:
         average([means])
         row = {"stage": self.name, "epoch": len(self.rows) + 1}
         row |= dict(zip(self.logged, means.tolist()))
-        calibrate(self.model, self.run.images[:CALIBRATION_IMAGES], self.run.precision)
+        images = self.run.images[:CALIBRATION_IMAGES]
+        calibrate(self.model, images, self.run.precision, self.run.settings.calibration == "both")
         found = evaluate_vae(self.model, self.run.val_images, self.run.precision)
         for what in ("mse", "kl_nats"):
             self.stop_unless_finite(f"validation {what}", found[what])
         row["val_mse"], row["val_psnr"] = found.pop("mse"), found.pop("psnr")
+        row["val_sampled_mse"] = sampled_mse(self.model, self.run.val_images, self.run.precision)
         row |= found
         projected_rank = None
         if self.val_teacher_mu is not None:
@@ -212,6 +235,7 @@ class Stage:
             "model": self.model.state_dict(),
             "projection": self.projection.state_dict() if self.projection else {},
             **self.optimizer.state_dict(),
+            "kl_factor": self.kl_factor,
             "random": random,
             "rows": self.rows,
         }
@@ -222,6 +246,7 @@ class Stage:
         if self.projection:
             self.projection.load_state_dict(state["projection"])
         self.optimizer.load_state_dict(state)
+        self.kl_factor.copy_(state["kl_factor"])
         torch.set_rng_state(state["random"]["cpu"])
         self.order.set_state(state["random"]["order"])
         device = self.run.device.type
@@ -231,16 +256,19 @@ class Stage:
 
 
 @torch.no_grad()
-def calibrate(model, images, precision):
-    """Set the statistics of all BatchNorm layers to those of uint8 images and of their means.
+def calibrate(model, images, precision, with_samples=False):
+    """Set the statistics of all BatchNorm layers to those of uint8 images and of their codes.
 
-    In training the decoder sees samples, in use it decodes means, which vary less; and a running
-    mean over the last ten or so batches is noisy, by up to 3% of the error. Statistics of what a
-    layer will see, over many images, are neither: Wu & Johnson 2021, "Rethinking 'Batch' in
-    BatchNorm", arXiv:2105.07576, section 3. Training uses the statistics of each batch, and is not
-    affected. Leaves the model in evaluation mode.
+    A running mean over the last ten or so batches is noisy, by up to 3% of the error; statistics
+    over many images are not: Wu & Johnson 2021, "Rethinking 'Batch' in BatchNorm",
+    arXiv:2105.07576, section 3. Those of the decoder are of what it decodes in use, means, or of
+    means and samples together, as in training. With 64 latents at 87 nats the two hardly differ;
+    with more latents at that rate, means vary much less than samples, and the second is better, by
+    a tenth of the error with 128. Training uses the statistics of each batch, and is not affected.
+    Leaves the model in evaluation mode, and the random state as it was.
     """
     model.eval()
+    generator = torch.Generator().manual_seed(0)
     for part in (model.encoder, model.decoder):  # the decoder's depend on the encoder's
         layers = [layer for layer in part if hasattr(layer, "running_mean")]
         momenta = [layer.momentum for layer in layers]
@@ -250,9 +278,13 @@ def calibrate(model, images, precision):
             layer.train()
         for chunk in images.split(EVALUATION_BATCH):
             with autocast(images.device, precision):
-                mu, _ = model.encode(to_float(chunk))
+                mu, logvar = model.encode(to_float(chunk))
                 if part is model.decoder:
-                    model.decode_logits(mu)
+                    codes = mu
+                    if with_samples:
+                        noise = torch.randn(mu.shape, generator=generator).to(mu.device)
+                        codes = torch.cat([mu, model.reparameterize(mu, logvar, noise)])
+                    model.decode_logits(codes)
         for layer, momentum in zip(layers, momenta):
             layer.momentum = momentum
             layer.eval()
