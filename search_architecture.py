@@ -1,0 +1,635 @@
+"""Search the student's shape: which channels and how many latents, for which budget?
+
+    python search_architecture.py --data PATH                  # 20 students: half an hour on a CPU
+    python search_architecture.py --data PATH --budget "params<=147000, ms<=1"
+    python search_architecture.py --data PATH --train-best 3   # then the 3 best, for 30 epochs
+    python search_architecture.py --trials 6 --epochs 1 --limit 5000 --data photo-crops   # a trial
+
+Optuna proposes shapes of TinyVAE32, each is trained briefly by distill_tinyvae.py at the same rate
+(its --rate), and what is found is the front: the students of which no other has both less error and
+a lower cost. A student that is behind one of no higher cost early in its training is stopped.
+
+The error is that of a sample of the posterior, which is what the rate pays for. That of the mean,
+which users decode, falls with every latent more, whatever the rate; it stands beside it.
+
+The study is a file, search/study.db in the checkpoint folder: the same command again resumes it,
+several processes share it, and `optuna-dashboard sqlite:///checkpoints/search/study.db` shows it
+(`pip install optuna-dashboard`). Students that have been trained are not trained again. Writes them
+into folders beside the study, search.csv and search.png, and prints a table. Everything is measured
+on the validation split. Needs `pip install -r requirements-deploy.txt`.
+"""
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+
+from comparison import run_distillation, shape_name
+from metrics import median_seconds
+from models import count_macs, count_parameters
+from onnx_models import onnx_form, split_vae, to_onnx
+from pictures import save_figure
+from runtime import InputError, describe_device, pick_device, print_table, require, run_script
+from settings import (
+    Kind,
+    file_path,
+    must,
+    number,
+    one_of,
+    parse_settings,
+    several,
+    switch,
+    text,
+    whole,
+)
+from storage import check_writable, locked, write_csv
+from tiny_vae_32 import TinyVAE32
+from vae import IMAGE_SHAPE
+
+HERE = Path(__file__).resolve().parent
+
+# --- What is searched ---
+BUDGET = "params<=294403"  # conditions, commas between: params, kb, macs, ms or onnx_ms <= a number
+COST = "params"  # what is to be small beside the error: params, macs, ms or onnx_ms
+WIDTHS_16 = (8, 40)  # smallest and largest channel numbers at 16×16 pixels, in steps of WIDTH_STEP
+WIDTHS_8 = (16, 80)  # at 8×8
+WIDTHS_4 = (32, 128)  # at 4×4
+WIDTHS_2 = (32, 192)  # at 2×2, beside the code
+WIDTH_STEP = 8  # CPUs and GPUs compute channels in eights or more
+LATENT_DIMS = (16, 256)  # fewest and most latents, in steps of LATENT_STEP
+LATENT_STEP = 16  # latents
+TRIALS = 20  # students to train in all, those of earlier starts and other processes included
+
+# --- Training, with all else as at the top of distill_tinyvae.py ---
+DATA = "cifar10"  # as in distill_tinyvae.py
+LIMIT = 0  # train on the first N images; 0 uses all
+RATE = 87.0  # nats at which all students are compared
+RATE_TOLERANCE = 0.015  # how far a student's rate may be from that, as a fraction
+EPOCHS = 3  # epochs of a student in the search
+STOP_MARGIN = 0.05  # stop one that is so far behind after an epoch, as a fraction; none: never
+SCRATCH = False  # train on MSE and KL alone
+TEACHER = None  # to distil from: the path of a trained one; or None
+VGG = "none"  # VGG16 of the perceptual term: imagenet, random, none, or a state dict's path
+SEED = 0  # of weights, image order and latent samples
+
+# --- Afterwards ---
+TRAIN_BEST = 0  # train this many at length, those of the front first, then by error
+TRAIN_EPOCHS = 30  # epochs of each
+
+# --- Machine and files ---
+DEVICE = "auto"  # auto (cuda, then mps, then cpu), cuda, cpu or mps
+PRECISION = "auto"  # auto, fp32, bf16 or fp16
+CHECKPOINT_DIR = HERE / "checkpoints"  # the study and its students go to search/ in it
+OUTPUT_DIR = HERE / "outputs"  # folder of search.csv and search.png
+
+
+def conditions(names):
+    """A setting: "params<=147000, ms<=0.5" → {"params": 147000.0, "ms": 0.5}."""
+
+    def read(value):
+        must(isinstance(value, str))
+        found = {}
+        for condition in value.split(","):
+            name, sign, limit = condition.partition("<=")
+            must(sign and name.strip() in names and name.strip() not in found)
+            found[name.strip()] = number(0, above=True).read(limit)
+        return found
+
+    means = f"conditions like params<=147000,ms<=0.5, of {', '.join(names)}, each at most once"
+    return Kind(read, means, none={})
+
+
+RANGE = several(whole(1), 2)
+KINDS = {
+    "BUDGET": conditions(("params", "kb", "macs", "ms", "onnx_ms")),
+    "COST": one_of("params", "macs", "ms", "onnx_ms"),
+    "WIDTHS_16": RANGE, "WIDTHS_8": RANGE, "WIDTHS_4": RANGE, "WIDTHS_2": RANGE,
+    "WIDTH_STEP": whole(1), "LATENT_DIMS": RANGE, "LATENT_STEP": whole(1), "TRIALS": whole(0),
+    "DATA": text(), "LIMIT": whole(0, none=0), "RATE": number(0, above=True),
+    "RATE_TOLERANCE": number(0, 1, above=True), "EPOCHS": whole(1),
+    "STOP_MARGIN": number(0, none=float("inf")), "SCRATCH": switch(),
+    "TEACHER": file_path(none=None), "VGG": text(none="none"), "SEED": whole(0, 2**32 - 1),
+    "TRAIN_BEST": whole(0, none=0), "TRAIN_EPOCHS": whole(1),
+    "DEVICE": one_of("auto", "cuda", "cpu", "mps"),
+    "PRECISION": one_of("auto", "fp32", "bf16", "fp16"), "CHECKPOINT_DIR": file_path(),
+    "OUTPUT_DIR": file_path(),
+}
+
+COSTS = {
+    "params": "parameters",
+    "kb": "kilobytes of weights in INT8",
+    "macs": "multiply-accumulates to encode and decode an image",
+    "ms": "milliseconds for that, one image, PyTorch, one CPU thread",
+    "onnx_ms": "the same in ONNX Runtime",
+}
+TINY_VAE = {"encoder_channels": [16, 32, 64, 128], "decoder_channels": [128, 64, 32, 16]}
+# Trained first, for comparison, whatever the budget: TinyVAE32 and the shapes that it is pruned to.
+KNOWN = {
+    "TinyVAE32": {"latent_dim": 64} | TINY_VAE,
+    **{
+        f"its channels, {cap} at most": {
+            "latent_dim": 64,
+            **{side: [min(width, cap) for width in widths] for side, widths in TINY_VAE.items()},
+        }
+        for cap in (66, 48, 27)  # −40, −60 and −80% of the parameters
+    },
+}
+MEASURED = (
+    "params", "kb", "macs", "encode_ms", "decode_ms", "ms", "onnx_encode_ms", "onnx_decode_ms",
+    "onnx_ms",
+)
+COLUMNS = (
+    "student", "shape", "trial", "state", "on_front", "sampled_mse", "mse", "kl_nats", *MEASURED,
+    "seconds",
+)
+HEARTBEAT, GRACE = 15, 60  # seconds between a process's signs of life, and until it counts as dead
+REFUSALS = 2000  # proposals in a row beyond the budget, after which there seems to be none within
+
+
+# --- A student's shape and cost ---
+
+
+def propose(trial, settings):
+    """A shape, from Optuna: constructor arguments of TinyVAE32."""
+
+    def widths(name, size):
+        low, high = getattr(settings, f"widths_{size}")
+        return trial.suggest_int(f"{name}_{size}", low, high, step=settings.width_step)
+
+    low, high = settings.latent_dims
+    return {
+        "latent_dim": trial.suggest_int("latent_dim", low, high, step=settings.latent_step),
+        "encoder_channels": [widths("encoder", size) for size in (16, 8, 4, 2)],
+        "decoder_channels": [widths("decoder", size) for size in (2, 4, 8, 16)],
+    }
+
+
+def count(shape):
+    """What a shape costs wherever it runs: parameters, kilobytes in INT8, multiply-accumulates."""
+    with torch.device("meta"):  # to be counted, not to be filled
+        vae = TinyVAE32(**shape)
+    parameters = count_parameters(vae)
+    return {"params": parameters, "kb": parameters / 1000, "macs": count_macs(vae)}  # a byte each
+
+
+@torch.no_grad()
+def clock(shape):
+    """Milliseconds to encode and to decode one image: PyTorch, and ONNX Runtime where installed."""
+    vae = TinyVAE32(**shape).eval()
+    vae.check_range = False
+    image, latent = torch.rand(1, *IMAGE_SHAPE), torch.randn(1, vae.latent_dim)
+    forms = {"": vae}
+    try:
+        models = {part.name: to_onnx(part, vae, {}) for part in split_vae(vae)}
+        forms["onnx_"] = onnx_form("ONNX", "", models)
+    except ImportError:
+        pass
+    found = {}
+    for prefix, form in forms.items():
+        for name, work in (
+            ("encode", lambda form=form: form.encode(image)),
+            ("decode", lambda form=form: form.decode(latent)),
+        ):
+            seconds = median_seconds(work, torch.device("cpu"), repeats=100)
+            found[f"{prefix}{name}_ms"] = 1000 * seconds
+        found[f"{prefix}ms"] = found[f"{prefix}encode_ms"] + found[f"{prefix}decode_ms"]
+    return found
+
+
+def excess(cost, budget):
+    """How far a student is beyond each condition of the budget that its cost is known for, as a
+    fraction; negative within."""
+    return {name: cost[name] / limit - 1 for name, limit in budget.items() if name in cost}
+
+
+# --- Training one ---
+
+
+class Search:
+    """The settings, and what has been measured so far: shared by all students.
+
+    Args:
+        settings: the script's.
+        optuna: the library, loaded.
+    """
+
+    def __init__(self, settings, optuna):
+        self.settings, self.optuna = settings, optuna
+        self.folder = settings.checkpoint_dir / "search"
+        self.refusals = 0
+
+    def train(self, shape, epochs, is_hopeless=None):
+        """Train a student, or find that it is trained: error, rate, validation errors, seconds.
+
+        Returns None where `is_hopeless(errors)` stopped it.
+        """
+        s = self.settings
+        changes = {}
+        if s.scratch:
+            changes = {"reconstruction_weight": 1, "output_weight": 0, "latent_weight": 0}
+            changes |= {"kl_weight": 0.33}  # the starting point: --rate moves it
+        changes |= {
+            "data": s.data, "limit": s.limit, "rate": s.rate, "epochs": epochs, "seed": s.seed,
+            "teacher": s.teacher, "vgg": s.vgg, "device": s.device, "precision": s.precision,
+            "calibration": "both",  # whatever the number of latents
+            "save_every": 1_000_000,  # no numbered checkpoints
+        }
+        if s.teacher:
+            changes["teacher_outputs"] = self.folder / "teacher_outputs.pth"
+        name = shape_name(shape)
+        trained = run_distillation(
+            name, self.student_folder(shape, epochs), shape | changes, is_hopeless
+        )
+        return trained and figures(trained["rows"])
+
+    def student_folder(self, shape, epochs):
+        return self.folder / f"{shape_name(shape)}_{epochs}_epochs"
+
+    # --- A trial of the study ---
+
+    def objective(self, trial):
+        """Train what Optuna proposes → (error, cost). Raises TrialPruned for what is beyond the
+        budget, which costs nothing, and for what is stopped."""
+        shape = propose(trial, self.settings)
+        cost = count(shape)
+        self.refuse(trial, cost)
+        cost |= clock(shape)
+        self.refuse(trial, cost)
+        self.refusals = 0
+        trial.set_user_attr("shape", shape)
+        trial.set_user_attr("cost", cost)
+        found = self.train(shape, self.settings.epochs, self.is_behind(trial.study, cost))
+        if found is None:
+            trial.set_user_attr("stopped", True)
+            raise self.optuna.TrialPruned("behind a student that costs no more")
+        trial.set_user_attr("found", found)
+        off = abs(found["kl_nats"] / self.settings.rate - 1)
+        trial.set_constraint("rate", off - self.settings.rate_tolerance)
+        return found["sampled_mse"], cost[self.settings.cost]
+
+    def refuse(self, trial, cost):
+        beyond = excess(cost, self.settings.budget)
+        for name, value in beyond.items():
+            if name not in trial.constraints:
+                trial.set_constraint(name, value)
+        if any(value > 0 for value in beyond.values()):
+            self.refusals += 1
+            if self.refusals == REFUSALS:
+                raise InputError(
+                    f"{REFUSALS} shapes in a row were beyond --budget: raise it, or lower the "
+                    "--widths"
+                )
+            raise self.optuna.TrialPruned("beyond the budget")
+
+    def is_behind(self, study, cost):
+        """A test of a student in training: is it behind one that costs no more?
+
+        It is, if after the same epoch of a training of the same length the other had less error by
+        the margin. The study has two objectives, for which Optuna has no pruner.
+        """
+        trials = study.get_trials(states=(self.optuna.trial.TrialState.COMPLETE,))
+        others = [
+            trial.user_attrs["found"]["errors"]
+            for trial in trials
+            if trial.user_attrs["cost"][self.settings.cost] <= cost[self.settings.cost]
+        ]
+
+        def is_hopeless(errors):
+            if not 0 < len(errors) < self.settings.epochs:
+                return False
+            epoch = len(errors) - 1
+            best = min((other[epoch] for other in others if len(other) > epoch), default=None)
+            return best is not None and errors[-1] > (1 + self.settings.stop_margin) * best
+
+        return is_hopeless if others else None
+
+    def is_within(self, row):
+        """Whether a student is within the budget and at the rate."""
+        s = self.settings
+        off = abs(row["kl_nats"] / s.rate - 1)
+        return off <= s.rate_tolerance and all(
+            value <= 0 for value in excess(row, s.budget).values()
+        )
+
+
+def figures(rows):
+    """From the rows of metrics.csv: a student's figures on the validation split, at the end."""
+    rows = [row for row in rows if row["stage"] == "student"]
+    return {
+        "sampled_mse": rows[-1]["val_sampled_mse"],
+        "mse": rows[-1]["val_mse"],
+        "kl_nats": rows[-1]["kl_nats"],
+        "errors": [row["val_sampled_mse"] for row in rows],
+        "seconds": round(sum(row["seconds"] for row in rows), 1),
+    }
+
+
+# --- All of them ---
+
+
+def open_study(search):
+    """The study in the file, new or resumed. Raises InputError if it is of another recipe."""
+    s, optuna = search.settings, search.optuna
+    path = search.folder / "study.db"
+    recipe = {name: getattr(s, name) for name in (
+        "data", "limit", "rate", "epochs", "scratch", "teacher", "vgg", "seed", "cost", "budget",
+    )}
+    recipe["teacher"] = s.teacher and str(s.teacher)
+    warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+    try:
+        study = optuna.create_study(
+            # A trial whose process has died is proposed again.
+            storage=optuna.storages.RDBStorage(
+                f"sqlite:///{path}",
+                engine_kwargs={"connect_args": {"timeout": 60}},
+                heartbeat_interval=HEARTBEAT,
+                grace_period=GRACE,
+                heartbeat_stale_trial_callback=(
+                    optuna.storages.RetryHeartbeatStaleTrialCallback()
+                ),
+            ),
+            # Not seeded: processes that share a study must not propose the same.
+            sampler=optuna.samplers.TPESampler(
+                n_startup_trials=8, multivariate=True
+            ),
+            study_name="search",
+            directions=["minimize", "minimize"],
+            load_if_exists=True,
+        )
+        study.set_metric_names(["validation MSE of a sample", s.cost])
+        earlier = study.user_attrs.get("recipe", recipe)
+        study.set_user_attr("recipe", earlier)
+    except Exception as error:  # SQLAlchemy's, of many kinds
+        reason = str(error).splitlines()[0]
+        raise InputError(
+            f"{path} cannot be used as an Optuna study ({reason}): remove it, or name another "
+            "--checkpoint-dir"
+        ) from error
+    changed = [f"{name} was {earlier.get(name)}, is {recipe[name]}" for name in recipe
+               if earlier.get(name) != recipe[name]]
+    if changed:
+        raise InputError(
+            f"{path} was begun with other settings ({'; '.join(changed)}): use those again, or "
+            "name another --checkpoint-dir"
+        )
+    return study
+
+
+def is_trained(trial, optuna):
+    """Whether a trial counts: trained, to its end or until it was stopped."""
+    states = optuna.trial.TrialState
+    return trial.state == states.COMPLETE or (
+        trial.state == states.PRUNED and "stopped" in trial.user_attrs
+    )
+
+
+def trained_count(study, optuna):
+    return sum(is_trained(trial, optuna) for trial in study.get_trials(deepcopy=False))
+
+
+def all_rows(search, study, known):
+    """The rows of search.csv: the known students, then the trials."""
+    front = {trial.number for trial in study.best_trials}
+    rows = list(known)
+    for trial in study.get_trials(deepcopy=False):
+        if not is_trained(trial, search.optuna):
+            continue
+        attributes = trial.user_attrs
+        row = {
+            "student": f"trial {trial.number}",
+            "shape": shape_name(attributes["shape"]),
+            "arguments": attributes["shape"],
+            "trial": trial.number,
+            "state": "stopped" if "stopped" in attributes else "trained",
+        } | attributes["cost"] | attributes.get("found", {})
+        row["on_front"] = trial.number in front and search.is_within(row)
+        rows.append(row)
+    return rows
+
+
+def known_rows(search):
+    """Train the students of KNOWN. Their rows."""
+    rows = []
+    for name, shape in KNOWN.items():
+        found = search.train(shape, search.settings.epochs)
+        row = {
+            "student": name, "shape": shape_name(shape), "arguments": shape, "state": "known",
+            "on_front": False,
+        }
+        rows.append(row | count(shape) | clock(shape) | found)
+    return rows
+
+
+def train_best(search, rows):
+    """Train TinyVAE32 and the best students at length. Rows with both figures of each."""
+    s = search.settings
+    within = [row for row in rows if row["state"] == "trained" and search.is_within(row)]
+    within.sort(key=lambda row: (not row["on_front"], row["sampled_mse"]))
+    chosen, seen = [rows[0]], {rows[0]["shape"]}  # rows[0] is TinyVAE32
+    for row in within:
+        if row["shape"] not in seen and len(chosen) <= s.train_best:
+            chosen.append(row)
+            seen.add(row["shape"])
+    found = []
+    for row in chosen:
+        at_length = search.train(row["arguments"], s.train_epochs)
+        folder = search.student_folder(row["arguments"], s.train_epochs)
+        found.append(row | {"long": at_length, "path": folder / "tinyvae_best.pth"})
+    return found
+
+
+def rank_correlation(first, second):
+    """Spearman's: the correlation of two lists' ranks."""
+    ranks = [np.argsort(np.argsort(values)) for values in (first, second)]
+    return float(np.corrcoef(ranks)[0, 1])
+
+
+def table_row(row, tiny_vae):
+    def milliseconds(prefix):
+        if f"{prefix}ms" not in row:
+            return "–"
+        return f"{row[f'{prefix}encode_ms']:.2f} + {row[f'{prefix}decode_ms']:.2f}"
+
+    def error(name):
+        return f"{row[name]:.5f}", f"{row[name] / tiny_vae[name] - 1:+.1%}"
+
+    of_sample, versus = error("sampled_mse")
+    of_mean, mean_versus = error("mse")
+    return {
+        "student": row["student"],
+        "encoder, latents, decoder": row["shape"].replace("_", " · "),
+        "parameters": f"{row['params']:,}",
+        "MACs": f"{row['macs'] / 1e6:.2f} M",
+        "ms": milliseconds(""),
+        "ms, ONNX": milliseconds("onnx_"),
+        "KL, nats": f"{row['kl_nats']:.1f}",
+        "MSE of a sample": of_sample,
+        "vs TinyVAE32": versus,
+        "of the mean": of_mean,
+        "vs TinyVAE32 ": mean_versus,
+    }
+
+
+def draw_front(path, rows, cost, title):
+    """Error against cost: all students, the front, and the known ones.
+
+    Args:
+        path: the PNG to write.
+        rows: those of search.csv.
+        cost: the column of the x axis.
+        title: data, budget and rate in a few words.
+    """
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    figure.suptitle(title, fontsize=11)
+    ax = figure.subplots()
+    trained = [row for row in rows if row["state"] == "trained"]
+    ax.plot(
+        [row[cost] for row in trained], [row["sampled_mse"] for row in trained], "o", markersize=4,
+        color="tab:grey", label="trained",
+    )
+    front = sorted((row[cost], row["sampled_mse"], row["trial"]) for row in rows if row["on_front"])
+    if front:
+        costs, errors, _ = zip(*front)
+        ax.plot(
+            costs, errors, "o-", markersize=5, color="tab:blue", drawstyle="steps-post",
+            label="the front: within the budget, and none better in both",
+        )
+        for x, y, trial in front:
+            ax.annotate(
+                str(trial), (x, y), xytext=(3, 4), textcoords="offset points", fontsize=7,
+                color="tab:blue",
+            )
+    for row in rows:
+        if row["state"] == "known":
+            is_whole = row["student"] == "TinyVAE32"
+            ax.plot(
+                row[cost], row["sampled_mse"], "k*" if is_whole else "k^",
+                markersize=10 if is_whole else 6,
+            )
+            ax.annotate(
+                row["student"], (row[cost], row["sampled_mse"]), xytext=(6, -10),
+                textcoords="offset points", fontsize=8,
+            )
+    ax.set_xscale("log")
+    ax.margins(0.12, 0.1)
+    ax.set_xlabel(COSTS[cost], fontsize=9)
+    ax.set_ylabel("validation MSE of a sample, pixels in [0, 1]", fontsize=9)
+    ax.tick_params(which="both", labelsize=8)
+    ax.grid(alpha=0.3, which="both")
+    if ax.get_legend_handles_labels()[1]:
+        ax.legend(fontsize=8)
+    save_figure(figure, path)
+
+
+def print_summary(search, study, device):
+    s = search.settings
+    done, budget = trained_count(study, search.optuna), s.budget
+    print(
+        f"study    {search.folder / 'study.db'}: {done} students trained, {s.trials} wanted\n"
+        f"budget   {', '.join(f'{name} <= {limit:g}' for name, limit in budget.items()) or 'none'}"
+        f"; small is: {s.cost}, {COSTS[s.cost]}\n"
+        f"images   {s.data}" + (f", the first {s.limit:,}" if s.limit else "") + "\n"
+        f"training {s.epochs} epochs at {s.rate:g} nats, "
+        f"{'MSE and KL alone' if s.scratch else 'the terms of distill_tinyvae.py'}, teacher "
+        f"{s.teacher or 'none'}, VGG16 {s.vgg}, seed {s.seed}\n"
+        f"device   {describe_device(device)}",
+        flush=True,
+    )
+
+
+def print_best(found):
+    """The table of the students trained at length, and how well the search ranked them."""
+    tiny_vae = found[0]
+    print()
+    print_table([
+        table_row(row | row["long"], tiny_vae | tiny_vae["long"])
+        | {"of a sample, in the search": f"{row['sampled_mse']:.5f}"}
+        for row in found
+    ])
+    if len(found) > 2:
+        short = [row["sampled_mse"] for row in found]
+        long = [row["long"]["sampled_mse"] for row in found]
+        print(
+            f"\nRank correlation of the search's errors with these (Spearman): "
+            f"{rank_correlation(short, long):.2f} over {len(found)} students."
+        )
+
+
+def search_all(settings):
+    s = settings
+    for name in ("widths_16", "widths_8", "widths_4", "widths_2", "latent_dims"):
+        low, high = getattr(s, name)
+        if low > high:
+            flag = name.replace("_", "-")
+            raise InputError(f"--{flag} takes the smallest, then the largest, got {low},{high}")
+    optuna = require("optuna")
+    device = pick_device(s.device)
+    smallest = count({
+        "latent_dim": s.latent_dims[0],
+        "encoder_channels": [getattr(s, f"widths_{size}")[0] for size in (16, 8, 4, 2)],
+        "decoder_channels": [getattr(s, f"widths_{size}")[0] for size in (2, 4, 8, 16)],
+    })
+    for name, value in excess(smallest, s.budget).items():
+        if value > 0:
+            raise InputError(
+                f"the smallest student has {name} {smallest[name]:g}, beyond --budget: raise it, "
+                "or lower the --widths"
+            )
+    torch.set_num_threads(1)  # figures are of one thread; students have processes of their own
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    search = Search(s, optuna)
+    check_writable(search.folder)
+    check_writable(s.output_dir)
+    with locked(search.folder, wait=True):  # another process may be making it
+        study = open_study(search)
+    print_summary(search, study, device)
+    csv_path, png_path = s.output_dir / "search.csv", s.output_dir / "search.png"
+    title = f"{s.data}, {s.epochs} epochs, {s.rate:g} nats"
+    known = known_rows(search)
+
+    def report(study, trial=None):
+        rows = all_rows(search, study, known)
+        with locked(search.folder, wait=True):  # another process may report as well
+            write_csv(csv_path, COLUMNS, [{c: row.get(c, "") for c in COLUMNS} for row in rows])
+            draw_front(png_path, rows, s.cost, title)
+        if trial is not None and is_trained(trial, optuna):
+            found, result = trial.user_attrs.get("found"), "stopped"
+            if found:
+                result = f"MSE of a sample {found['sampled_mse']:.5f}, of the mean "
+                result += f"{found['mse']:.5f}, at {found['kl_nats']:.1f} nats"
+            done = trained_count(study, optuna)
+            print(f"trial {trial.number}, {done} of {s.trials} trained: {result}", flush=True)
+        return rows
+
+    def stop_when_done(study, trial):
+        if is_trained(trial, optuna):
+            report(study, trial)
+        if trained_count(study, optuna) >= s.trials:
+            study.stop()
+
+    if trained_count(study, optuna) < s.trials:
+        study.optimize(search.objective, callbacks=[stop_when_done])
+    rows = report(study)
+    print()
+    shown = [row for row in rows if row["state"] == "known" or row["on_front"]]
+    print_table([table_row(row, rows[0]) for row in shown])
+    print(
+        "\nThe known students, and the front. MSE: validation split, pixels in [0, 1]. KL: the "
+        "rate.\nms: encode + decode one image, medians of 100, one CPU thread."
+    )
+    best = train_best(search, rows) if s.train_best else []
+    if best:
+        print_best(best)
+    print(f"\nWritten:\n  {csv_path}\n  {png_path}\n  {search.folder}/")
+    for row in best:
+        print(f"  {row['path']}")
+
+
+def main(argv=None):
+    search_all(parse_settings(globals(), argv))
+
+
+if __name__ == "__main__":
+    run_script(main)

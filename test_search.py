@@ -1,0 +1,265 @@
+"""The architecture search: its budget, its study, and what a killed or a second process leaves."""
+
+import contextlib
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+
+import pytest
+
+import models
+import onnx_models
+import search_architecture
+import storage
+import test_trained_model
+from runtime import InputError
+from settings import parse_settings
+from testing import HERE, folders, read_csv
+from tiny_vae_32 import TinyVAE32
+
+SEARCH = (
+    "--data", "dead-leaves", "--limit", "64", "--epochs", "1", "--rate", "10", "--device", "cpu",
+    "--precision", "fp32", "--rate-tolerance", "1", "--stop-margin", "none",
+)
+
+
+@pytest.fixture
+def optuna():
+    return pytest.importorskip("optuna")
+
+
+@pytest.fixture
+def no_clock(monkeypatch):
+    """Latencies of a made-up machine: the sum of the widths in microseconds."""
+
+    def clock(shape):
+        ms = sum(shape["encoder_channels"] + shape["decoder_channels"]) / 1000
+        return {"encode_ms": ms / 2, "decode_ms": ms / 2, "ms": ms}
+
+    monkeypatch.setattr(search_architecture, "clock", clock)
+    monkeypatch.setattr(
+        search_architecture, "KNOWN", {"TinyVAE32": search_architecture.KNOWN["TinyVAE32"]}
+    )
+
+
+def settings(*flags):
+    return parse_settings(vars(search_architecture), [*SEARCH, *flags])
+
+
+# --- Shapes, costs, budget ---
+
+
+@pytest.mark.parametrize(
+    ("word", "budget"),
+    [
+        ("params<=147000", {"params": 147000}),
+        (" params <= 1.5e5 , ms<=0.5", {"params": 150000, "ms": 0.5}),
+        ("none", {}),
+    ],
+)
+def test_a_budget_is_a_list_of_conditions(word, budget):
+    assert settings("--budget", word).budget == budget
+
+
+@pytest.mark.parametrize(
+    "word", ["params", "params<100", "params<=", "size<=3", "params<=-1", "ms<=1,ms<=2", "", "<=3"]
+)
+def test_a_budget_that_makes_no_sense_is_refused(word, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        settings("--budget", word)
+    assert stopped.value.code == 2
+    assert "argument --budget: must be conditions like params<=147000" in capsys.readouterr().err
+
+
+def test_an_impossible_search_is_refused_before_it_starts(tmp_path, optuna):
+    for flags, message in (
+        (["--budget", "params<=100"], "the smallest student has params"),
+        (["--widths-4", "64,32"], "takes the smallest, then the largest"),
+    ):
+        with pytest.raises(InputError, match=message):
+            search_architecture.main([*SEARCH, *folders(tmp_path), *flags])
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_cost_of_tinyvae32_is_counted_right():
+    shape = search_architecture.KNOWN["TinyVAE32"]
+    cost = search_architecture.count(shape)
+    assert cost["params"] == 294_403 and cost["kb"] == pytest.approx(294.403)
+    # By hand: output positions × kernel × channels of each convolution; input positions for the
+    # transposed ones; the linear layers.
+    encoder = 256 * 9 * 3 * 16 + 64 * 9 * 16 * 32 + 16 * 9 * 32 * 64 + 4 * 9 * 64 * 128
+    decoder = 4 * 9 * 128 * 64 + 16 * 9 * 64 * 32 + 64 * 9 * 32 * 16 + 256 * 9 * 16 * 3
+    assert cost["macs"] == encoder + decoder + 3 * 512 * 64
+
+
+def test_latency_is_of_both_runtimes_and_of_the_shape():
+    small, large = (
+        search_architecture.clock({
+            "latent_dim": 64, "encoder_channels": [width] * 4, "decoder_channels": [width] * 4,
+        })
+        for width in (8, 256)
+    )
+    assert small["ms"] == small["encode_ms"] + small["decode_ms"] < large["ms"]
+    try:
+        import onnxruntime  # noqa: F401
+    except ImportError:
+        assert "onnx_ms" not in small
+    else:
+        assert small["onnx_ms"] < large["onnx_ms"]
+
+
+def test_ranks_are_correlated_as_spearman_does():
+    assert search_architecture.rank_correlation([1, 2, 3, 9], [10, 20, 30, 31]) == pytest.approx(1)
+    assert search_architecture.rank_correlation([1, 2, 3], [3, 2, 1]) == pytest.approx(-1)
+    # 1 − 6 Σd² / n(n² − 1), d = 0, 1, 1, 0
+    assert search_architecture.rank_correlation([1, 2, 3, 4], [5, 7, 6, 8]) == pytest.approx(0.8)
+
+
+# --- The study ---
+
+
+def trials(run, optuna):
+    storage_ = f"sqlite:///{run / 'checkpoints' / 'search' / 'study.db'}"
+    return optuna.load_study(study_name="search", storage=storage_).get_trials()
+
+
+def test_a_search_trains_what_it_proposes_and_resumes(
+    tmp_path, capsys, optuna, no_clock, in_this_process
+):
+    flags = [*SEARCH, *folders(tmp_path), "--budget", "params<=200000,ms<=0.6"]
+    search_architecture.main([*flags, "--trials", "2"])
+    printed = capsys.readouterr().out
+    assert "2 of 2 trained: MSE of a sample" in printed and "| TinyVAE32 " in printed
+    assert (tmp_path / "outputs" / "search.png").stat().st_size > 10_000
+    rows = read_csv(tmp_path / "outputs" / "search.csv")
+    known, *found = rows
+    assert known["student"] == "TinyVAE32" and known["on_front"] == "False"
+    assert len(found) == 2 and any(row["on_front"] == "True" for row in found)
+    for row in found:  # within the budget, and the shape and error are those of its checkpoint
+        assert float(row["params"]) <= 200_000 and float(row["ms"]) <= 0.6
+        path = tmp_path / "checkpoints" / "search" / f"{row['shape']}_1_epochs" / "tinyvae_last.pth"
+        vae, checkpoint = models.load_model(path, TinyVAE32)
+        assert models.count_parameters(vae) == int(row["params"])
+        last = checkpoint["rows"][-1]
+        assert last["val_mse"] == pytest.approx(float(row["mse"]))
+        assert last["val_sampled_mse"] == pytest.approx(float(row["sampled_mse"]))
+        assert checkpoint["record"]["rate"] == 10
+    for trial in trials(tmp_path, optuna):
+        beyond = [name for name, value in trial.constraints.items() if value > 0]
+        assert bool(beyond) == (trial.state.name == "PRUNED"), trial
+
+    # The same command trains nothing; with more trials, the new ones alone.
+    in_this_process.clear()
+    search_architecture.main([*flags, "--trials", "3"])
+    again = read_csv(tmp_path / "outputs" / "search.csv")
+    assert again[1:3] == [row | {"on_front": new["on_front"]} for row, new in zip(found, again[1:])]
+    assert len(again) == 4 and len(in_this_process) == 2  # TinyVAE32, found to be trained, and one
+
+    # Another recipe is another study.
+    with pytest.raises(InputError, match=r"rate was 10\.0, is 20\.0"):
+        search_architecture.main([*flags, "--rate", "20"])
+    (tmp_path / "checkpoints" / "search" / "study.db").write_bytes(b"no database" * 1000)
+    with pytest.raises(InputError, match="cannot be used as an Optuna study"):
+        search_architecture.main(flags)
+
+
+def test_the_best_are_trained_at_length_and_every_script_loads_them(
+    tmp_path, capsys, optuna, no_clock, in_this_process
+):
+    flags = [*SEARCH, *folders(tmp_path), "--trials", "2", "--train-best", "2"]
+    search_architecture.main([*flags, "--train-epochs", "2"])
+    printed = capsys.readouterr().out
+    assert "Rank correlation of the search's errors with these (Spearman)" in printed
+    paths = [line.strip() for line in printed.splitlines() if line.endswith("tinyvae_best.pth")]
+    assert len(paths) == 3  # TinyVAE32 for comparison
+    for path in paths:
+        assert storage.load_checkpoint(path)["record"]["epochs"] == 2
+    test_trained_model.main([*folders(tmp_path), "--student", paths[1], "--device", "cpu"])
+    assert "| student" in capsys.readouterr().out
+    vae, _ = models.load_model(paths[2], TinyVAE32)
+    assert len(onnx_models.split_vae(vae)) == 2
+
+
+def test_a_student_behind_one_of_no_higher_cost_is_stopped(tmp_path, optuna):
+    search = search_architecture.Search(settings("--epochs", "3", "--stop-margin", "0.1"), optuna)
+    study = optuna.create_study(directions=["minimize", "minimize"])
+
+    def add(params, errors):
+        study.add_trial(optuna.trial.create_trial(
+            values=[errors[-1], params],
+            user_attrs={"cost": {"params": params}, "found": {"errors": errors}},
+        ))
+
+    assert search.is_behind(study, {"params": 500}) is None  # nothing to compare with
+    add(100, [0.9, 0.5, 0.3])
+    add(900, [0.1, 0.1, 0.1])  # costs more
+    behind = search.is_behind(study, {"params": 500})
+    assert not behind([]) and not behind([0.98]) and behind([1.0])
+    assert not behind([1.0, 0.54]) and behind([0.8, 0.56])
+    assert not behind([1.0, 1.0, 1.0])  # it has ended
+    assert search.is_behind(study, {"params": 50}) is None
+
+
+def test_a_student_counts_within_the_budget_and_at_the_rate(optuna):
+    search = search_architecture.Search(
+        settings("--budget", "params<=100,ms<=2", "--rate", "80", "--rate-tolerance", "0.05"),
+        optuna,
+    )
+    assert search.is_within({"params": 90, "ms": 1, "kl_nats": 83})
+    assert not search.is_within({"params": 90, "ms": 3, "kl_nats": 83})
+    assert not search.is_within({"params": 90, "ms": 1, "kl_nats": 90})
+
+
+def test_a_killed_search_loses_no_trial_and_two_processes_share_one(tmp_path, optuna):
+    """The first is killed within a trial; then two at once finish the study, with that trial."""
+    script = (
+        "import search_architecture as s; s.KNOWN = {'TinyVAE32': s.KNOWN['TinyVAE32']}; "
+        "s.HEARTBEAT, s.GRACE = 1, 2; s.clock = lambda shape: "
+        "dict.fromkeys(('encode_ms', 'decode_ms', 'ms'), 1.0); s.run_script(s.main)"
+    )
+
+    def start():
+        flags = [*SEARCH, "--trials", "3", *folders(tmp_path)]
+        return subprocess.Popen(
+            [sys.executable, "-c", script, *flags], cwd=HERE, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, text=True,
+        )
+
+    def running():
+        """Shapes in training, read without Optuna, which would make the file if it is not there."""
+        path = tmp_path / "checkpoints" / "search" / "study.db"
+        query = (
+            "select value_json from trial_user_attributes natural join trials "
+            "where state = 'RUNNING' and key = 'shape'"
+        )
+        try:
+            with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as database:
+                return [json.loads(value) for (value,) in database.execute(query)]
+        except sqlite3.OperationalError:  # it is not there yet, or not ready
+            return []
+
+    killed = start()
+    for _ in range(600):
+        if running() or killed.poll() is not None:
+            break
+        time.sleep(0.1)
+    os.kill(killed.pid, signal.SIGKILL)
+    killed.wait()
+    (lost,) = running()
+    time.sleep(3)  # until it counts as dead
+    processes = [start(), start()]
+    printed = [process.communicate(timeout=150)[0] for process in processes]
+    assert all(process.returncode == 0 for process in processes), printed
+    found = trials(tmp_path, optuna)
+    complete = [trial for trial in found if trial.state.name == "COMPLETE"]
+    assert len(complete) in (3, 4)  # the last two may have been in training at once
+    shapes = [search_architecture.shape_name(trial.user_attrs["shape"]) for trial in complete]
+    assert len(set(shapes)) == len(shapes)
+    assert search_architecture.shape_name(lost) in shapes
+    assert not running()
+    for text in printed:  # each has trained some
+        assert "trained: MSE" in text
