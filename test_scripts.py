@@ -1,7 +1,5 @@
 """The scripts beside the distillation: evaluation, ablation, pruning, bench."""
 
-import contextlib
-import csv
 import json
 import math
 import shutil
@@ -23,13 +21,14 @@ import losses
 import metrics
 import models
 import optimizer
+import progressive_distillation
 import prune_tinyvae
 import storage
 import test_trained_model
 import training
 from runtime import InputError
 from settings import parse_settings
-from testing import folders, needs_cuda, random_images, teacher_of, train
+from testing import folders, needs_cuda, random_images, read_csv, teacher_of, train
 from tiny_vae_32 import TinyVAE32
 
 FITTED = {}  # PCA of the same few images, which takes seconds
@@ -202,26 +201,6 @@ def test_the_comparison_with_scratch_is_made_at_the_same_rate():
     assert ablate_distillation.against_scratch(summary["no KL"], every, "mse") is None
 
 
-@pytest.fixture
-def in_this_process(monkeypatch, without_pictures):
-    """distill_tinyvae.py without starting Python anew; returns the folders it was called for."""
-    called = []
-
-    def run(command, stdout):
-        flags = [str(word) for word in command[2:]]
-        called.append(Path(flags[flags.index("--checkpoint-dir") + 1]).name)
-        try:
-            with contextlib.redirect_stdout(stdout):
-                distill_tinyvae.main(flags)
-        except InputError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return SimpleNamespace(returncode=1)
-        return SimpleNamespace(returncode=0)
-
-    monkeypatch.setattr(comparison.subprocess, "run", run)
-    return called
-
-
 def test_constants_that_are_of_a_single_run_do_not_reach_students_that_are_compared(
     tmp_path, monkeypatch, in_this_process
 ):
@@ -232,11 +211,6 @@ def test_constants_that_are_of_a_single_run_do_not_reach_students_that_are_compa
         "latent_weight": 0, "output_weight": 0, "device": "cpu",
     }
     assert comparison.run_distillation("one", tmp_path, settings)["epoch"] == 1
-
-
-def read_csv(path):
-    with path.open() as file:
-        return list(csv.DictReader(file))
 
 
 def test_an_ablation_resumes_where_it_stopped(
@@ -410,6 +384,81 @@ def test_pruned_students_are_trained_once_and_every_script_loads_them(
     test_trained_model.main([*folders(tmp_path), "--student", str(path), "--limit", "64"])
     found = json.loads((tmp_path / "outputs" / "evaluation.json").read_text())
     assert found["results"]["student"]["parameters"] == int(pruned["parameters"])
+
+
+# --- Stages ---
+
+
+SMALL, SMALLER = "8-12-16-24_64_24-16-12-8", "4-8-12-16_64_16-12-8-4"
+STAGES = (
+    "--vgg", "none", "--limit", "64", "--epochs", "2,1", "--device", "cpu", "--precision", "fp32",
+    "--stages", f"{SMALL},{SMALLER}", "--rate", "30",
+)
+
+
+def test_each_stage_learns_from_the_one_before(
+    tiny_run, tmp_path, capsys, monkeypatch, in_this_process
+):
+    run, _ = tiny_run
+    flags = [*STAGES, *folders(tmp_path), *teacher_of(run)]
+    progressive_distillation.main(flags)
+    printed = capsys.readouterr().out
+    for name in ("stage 1", "stage 2", "direct, same steps", "no teacher, same computing"):
+        assert f"| {name} " in printed
+    first, last, direct, none, longer, none_longer = read_csv(
+        tmp_path / "outputs" / "progressive.csv"
+    )
+    assert (first["shape"], last["shape"]) == (SMALL, SMALLER)
+    folder = tmp_path / "checkpoints" / "progressive"
+
+    def record(row):
+        name = row["student"].replace(" ", "_").replace(",", "")
+        return storage.load_checkpoint(folder / f"{name}_{row['shape']}" / "tinyvae_last.pth")
+
+    best = folder / f"stage_1_{SMALL}" / "tinyvae_best.pth"
+    assistant, _ = models.load_model(best, TinyVAE32)
+    found = [record(row)["record"] for row in (first, last, direct, none)]
+    assert found[1]["teacher_sha256"] == storage.fingerprint(assistant)
+    assert found[1]["teacher_architecture"]["name"] == "TinyVAE32"
+    assert found[0]["teacher_sha256"] == found[2]["teacher_sha256"] != found[1]["teacher_sha256"]
+    assert [r["projection"] for r in found[:3]] == ["orthonormal", "identity", "orthonormal"]
+    assert not found[3]["with_teacher"] and all(r["rate"] == 30 for r in found)
+    # As much computing as both stages: 2 epochs of the larger and 1 of the smaller.
+    macs = [models.count_macs(TinyVAE32(**comparison.shape().read(s))) for s in (SMALL, SMALLER)]
+    epochs = round((2 * macs[0] + macs[1]) / macs[1])
+    assert int(longer["epochs"]) == int(none_longer["epochs"]) == epochs > 3
+    # The figures are those of the checkpoint, computed here another way.
+    vae, _ = models.load_model(folder / f"stage_2_{SMALLER}" / "tinyvae_best.pth", TinyVAE32)
+    images = data.to_float(data.load_training_images("dead-leaves", 64).val)
+    assert float(last["mse"]) == pytest.approx(F.mse_loss(vae(images)[0], images).item(), rel=1e-3)
+
+    monkeypatch.setattr(training.Stage, "steps", None)
+    progressive_distillation.main(flags)  # nothing is trained again
+    assert len(in_this_process) == 12
+    with pytest.raises(InputError, match="--epochs has 3 values for 2 stages"):
+        progressive_distillation.main([*flags, "--epochs", "1,1,1"])
+
+
+@pytest.mark.parametrize(
+    "word", ["16-32", "16-32-64-128_64", "a-b-c-d_64_1-2-3-4", "1-2-3-4_0_1-2-3-4"]
+)
+def test_a_shape_that_is_none_is_refused(word, capsys):
+    with pytest.raises(SystemExit):
+        progressive_distillation.main([*STAGES, "--stages", word])
+    assert "each a shape like 16-32-64-128_64_128-64-32-16" in capsys.readouterr().err
+
+
+def test_a_shape_and_its_word_are_the_same():
+    architecture = dict(TinyVAE32().architecture)
+    word = comparison.shape_name(architecture)
+    assert word == "16-32-64-128_64_128-64-32-16"
+    assert TinyVAE32(**comparison.shape().read(word)).architecture == architecture
+
+
+def test_the_teachers_code_as_it_is_needs_as_many_latents(tiny_run, tmp_path):
+    run, _ = tiny_run
+    with pytest.raises(InputError, match="the teacher has 128 latents and the student 64"):
+        train(tmp_path, *teacher_of(run), "--projection", "identity")
 
 
 # --- The bench ---

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import comparison
 import distill_tinyvae
 import losses
 import runtime
@@ -24,7 +25,7 @@ from testing import HERE, folders
 
 SCRIPTS = (
     "distill_tinyvae", "test_trained_model", "ablate_distillation", "bench_training",
-    "export_tinyvae", "prune_tinyvae",
+    "export_tinyvae", "prune_tinyvae", "search_architecture", "progressive_distillation",
 )
 
 
@@ -141,7 +142,7 @@ def parse_kind(kind):
     means = kind.means
     for start, name in (
         ("True or False", "switch"), ("one of ", "choice"), ("a non-empty string", "text"),
-        ("a path", "path"),
+        ("a path", "path"), ("conditions like ", "words"), ("a shape like ", "words"),
     ):
         if means.startswith(start):
             return name, None, None, False, means.removeprefix(start)
@@ -161,6 +162,10 @@ def sensible(kind):
     name, low, high, above, rest = parse_kind(kind)
     if name == "switch":
         return [("True", True), ("False", False), ("1", True), ("not 1", False)]
+    if name == "words":  # the example that its own words give
+        example = re.match(r"[^ ]*[^ ,]", rest)[0]
+        read = comparison.shape() if "shape" in kind.means else kind
+        return [(repr(example), read.check(example))]
     if name == "choice":
         return [(repr(choice), choice) for choice in rest.split(", ")]
     if name == "text":
@@ -180,7 +185,7 @@ def sensible(kind):
         found = [
             (f"({f'{text}, ' * count})", (value,) * count),
             (f"[{f'{text}, ' * count}]", (value,) * count),
-            (repr(",".join([str(value)] * count)), (value,) * count),
+            (repr(",".join([str(ast.literal_eval(text))] * count)), (value,) * count),
             (f"({text},) * {count}", (value,) * count),
         ]
         return [*found, (text, (value,))] if count == 1 else found
@@ -201,7 +206,7 @@ def senseless(kind):
         return [*NOT_ONE_VALUE, '"nonsense"', "2", "0.5"]
     if name == "choice":
         return [*NOT_ONE_VALUE, '"nonsense"', '""', "1", "True"]
-    if name in ("text", "path"):
+    if name in ("text", "path", "words"):
         return [*NOT_ONE_VALUE, "1", "1.5", "True", '""']
     if name == "several":
         count, each = rest
