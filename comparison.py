@@ -67,8 +67,7 @@ def run_distillation(label, folder, settings, is_hopeless=None):
         folder: for its checkpoints, metrics.csv, pictures, and log.txt with what the run prints.
         settings: name → value, those that differ from the constants of the script. START, DEMO and
             OVERWRITE are of a single run: edited in the script, they do not count here.
-        is_hopeless: called with the validation errors (of samples) of the epochs so far; True
-            stops the run.
+        is_hopeless: called with the student's `validation_rows` so far; True stops the run.
 
     Returns the content of its tinyvae_last.pth, or None if the run was stopped. Raises InputError
     if it fails; the script's own words are on the terminal by then.
@@ -83,7 +82,7 @@ def run_distillation(label, folder, settings, is_hopeless=None):
         with locked(folder, wait=True):  # for a run that has outlived what started it
             pass
         code = run_process(
-            command, file, lambda: is_hopeless and is_hopeless(validation_errors(folder))
+            command, file, lambda: is_hopeless and is_hopeless(validation_rows(folder))
         )
     if code is None:
         return None
@@ -110,14 +109,14 @@ def run_process(command, stdout, is_to_stop):
         process.wait()
 
 
-def validation_errors(folder):
-    """The student's, of samples, an epoch each, from metrics.csv, which a run may still write."""
+def validation_rows(folder):
+    """Error of samples and rate after each epoch of a student, which may still be training."""
     path = folder / "metrics.csv"
     if not path.exists():
         return []
     with path.open(newline="") as file:
         return [
-            float(row["val_sampled_mse"])
+            {name: float(row[name]) for name in ("val_sampled_mse", "kl_nats")}
             for row in csv.DictReader(file)
             if row["stage"] == "student"
         ]
@@ -182,7 +181,7 @@ class Comparison:
                 "them: name others, or --judge none"
             )
 
-    def train_student(self, label, folder, seed, **changes):
+    def train_student(self, label, folder, seed, is_hopeless=None, **changes):
         """`run_distillation` with the images and the teacher of this comparison."""
         settings = self.settings
         shared = {
@@ -197,7 +196,7 @@ class Comparison:
             "precision": settings.precision,
             "save_every": 1_000_000,  # no numbered checkpoints
         }
-        return run_distillation(label, self.folder / folder, shared | changes)
+        return run_distillation(label, self.folder / folder, shared | changes, is_hopeless)
 
     def print_summary(self, budget):
         split = SPLITS[self.settings.split]

@@ -1,9 +1,9 @@
 """Distil in stages: teacher → assistant → student (Mirzadeh et al. 2020, arXiv:1902.03393).
 
-    python progressive_distillation.py --vgg none                      # two stages of 30 epochs
-    python progressive_distillation.py --vgg none --split test         # the final figures of those
-    python progressive_distillation.py --vgg none --epochs 5,5 --teacher PATH
-    python progressive_distillation.py --vgg none \\
+    python progressive_distillation.py                           # two stages of 30 epochs
+    python progressive_distillation.py --split test              # the final figures of those
+    python progressive_distillation.py --epochs 5,5 --teacher PATH
+    python progressive_distillation.py \\
         --stages 32-64-128-256_64_256-128-64-32,16-32-48-48_64_48-48-32-16
 
 Each stage trains a TinyVAE32 by distill_tinyvae.py, with the student of the stage before as its
@@ -41,7 +41,7 @@ TEACHER = "teacher_vae.pth"  # of the first stage: a file in the checkpoint fold
 DATA = None  # as in distill_tinyvae.py; None: what the teacher was trained on
 LIMIT = 0  # train on the first N images; 0 uses all
 RATE = 87.0  # nats at which all students are compared
-VGG = "imagenet"  # VGG16 of the perceptual term: imagenet, random, none, or a state dict's path
+VGG = "none"  # VGG16 of the perceptual term: imagenet, random, none, or a state dict's path
 SEED = 0  # of weights, image order and latent samples
 DIRECT = True  # train the students without stages as well
 
@@ -91,7 +91,7 @@ def measure(comparison, vae):
 def train(comparison, label, stage_shape, epochs, **changes):
     """A row of the table: a student trained now or earlier. Its checkpoint is row["path"]."""
     s = comparison.settings
-    folder = f"{label.replace(' ', '_').replace(',', '')}_{shape_name(stage_shape)}"
+    folder = f"{label}_{shape_name(stage_shape)}_{epochs}_epochs".replace(" ", "_").replace(",", "")
     changes |= {"epochs": epochs, "rate": s.rate}
     trained = comparison.train_student(label, folder, s.seed, **stage_shape, **changes)
     path = comparison.folder / folder / "tinyvae_best.pth"
@@ -107,9 +107,10 @@ def train_stages(comparison):
     """The stages in turn, each with the one before as its teacher. Yields their rows."""
     s, teacher = comparison.settings, comparison.teacher_path
     for i, stage_shape in enumerate(s.stages):
+        kept = "teacher_outputs.pth" if i == 0 else f"stage_{i}_outputs.pth"
         row = train(
             comparison, f"stage {i + 1}", stage_shape, s.epochs[i],
-            teacher=teacher, teacher_outputs=comparison.folder / f"outputs_for_stage_{i + 1}.pth",
+            teacher=teacher, teacher_outputs=comparison.folder / kept,
             latent_weight=s.latent_weights[i], projection=s.projections[i],
             output_target=s.output_targets[i], latent_floor=s.latent_floor,
         )
@@ -155,6 +156,20 @@ def table_row(row, last):
     }
 
 
+def refuse_chain(comparison):
+    """Raise InputError where a stage has too few latents for the next, before any is trained."""
+    s, latents, name = comparison.settings, comparison.teacher.latent_dim, "the teacher"
+    for i, stage_shape in enumerate(s.stages):
+        wanted = stage_shape["latent_dim"]
+        as_it_is = s.projections[i] == "identity" and s.latent_weights[i] > 0
+        if latents < wanted or (as_it_is and latents != wanted):
+            raise InputError(
+                f"{name} has {latents} latents and stage {i + 1} {wanted}: "
+                + ("--projections identity takes as many" if as_it_is else "it takes no fewer")
+            )
+        latents, name = wanted, f"stage {i + 1}"
+
+
 def distil_in_stages(settings):
     s = settings
     for name in PER_STAGE:
@@ -165,6 +180,7 @@ def distil_in_stages(settings):
                 "give one for each"
             )
     comparison = Comparison(settings, "progressive")
+    refuse_chain(comparison)
     check_writable(comparison.folder)
     check_writable(s.output_dir)
     chain = " → ".join(["the teacher", *(shape_name(stage_shape) for stage_shape in s.stages)])
@@ -185,8 +201,8 @@ def distil_in_stages(settings):
     print_table([table_row(row, last) for row in rows])
     print(
         "\nMSE: pixels in [0, 1], decoded from mu. same steps: as the last stage's. same "
-        "computing: multiply-accumulates × epochs\nas all stages together, the teacher's own "
-        "training not counted. VGG distance: of --judge."
+        "computing: multiply-accumulates × epochs\nas all stages together, without VGG16's and "
+        "those of the teacher's training. VGG distance: of --judge."
     )
     print(f"\nWritten:\n  {csv_path}\n  {comparison.folder}/")
 

@@ -44,7 +44,7 @@ COLUMNS = (  # of metrics.csv; kl is in nats / 3072, *_weighted are the parts of
 # What makes a teacher the same teacher.
 TEACHER_RECIPE = (
     "pixels_sha256", "teacher_architecture", "teacher_epochs", "teacher_kl_weight", "batch_size",
-    "teacher_learning_rate", "warmup", "seed",
+    "teacher_learning_rate", "warmup", "calibration", "seed",
 )
 # Settings that do not make a run another run: these may change on --resume. Data, weights and
 # shapes are compared by their fingerprints instead of their names.
@@ -89,6 +89,13 @@ class Run:
         """Whether an epoch of the student, counted from 1, has the perceptual term."""
         s = self.settings
         return s.perceptual_weight > 0 and epoch > s.perceptual_start * s.epochs
+
+    def may_be_best(self, epoch):
+        """Whether an epoch of the student competes for the best: with --rate the last alone, since
+        before it the rate is another; else one with the perceptual term, which costs squared error,
+        where there is one."""
+        s = self.settings
+        return epoch == s.epochs if s.rate else self.has_perceptual(epoch)
 
     def checkpoint(self, name):
         return self.settings.checkpoint_dir / name
@@ -183,6 +190,10 @@ def begin(settings, device):
             for folder in sorted({path.resolve() for path in (s.checkpoint_dir, s.output_dir)}):
                 check_writable(folder)
                 locks.enter_context(locked(folder))
+            if not s.resume:
+                refuse_earlier_run(s)  # again: one may have ended meanwhile
+            for path in find_files(s, ("*.tmp",)):  # left by a process that was killed
+                path.unlink()
             if s.overwrite:
                 remove_earlier_run(run)
         wait_for_all()
@@ -312,8 +323,7 @@ def save_student(stage, teacher, teacher_rows):
     state = stage.state() | {"record": run.record}
     kept = ("stage", "architecture", "epoch", "model", "record")
     weights_only = {key: state[key] for key in kept}
-    # The perceptual term costs squared error: where it starts late, earlier epochs do not compete.
-    competing = [row for row in stage.rows if run.has_perceptual(row["epoch"])] or stage.rows
+    competing = [row for row in stage.rows if run.may_be_best(row["epoch"])] or stage.rows
     if epoch and stage.rows[-1]["val_mse"] == min(row["val_mse"] for row in competing):
         save_checkpoint(run.checkpoint(BEST), weights_only)
     if epoch and epoch % run.settings.save_every == 0:
@@ -324,7 +334,7 @@ def save_student(stage, teacher, teacher_rows):
 
 
 def best_student(run):
-    """The student of the epoch with the lowest validation error, of those with all terms."""
+    """The student of the epoch with the lowest validation error, of those that may be the best."""
     wait_for_all()  # the first process may still be writing it
     return load_model(run.checkpoint(BEST), TinyVAE32)[0].to(run.device)
 

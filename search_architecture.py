@@ -6,8 +6,9 @@
     python search_architecture.py --trials 6 --epochs 1 --limit 5000 --data photo-crops   # a trial
 
 Optuna proposes shapes of TinyVAE32, each is trained briefly by distill_tinyvae.py at the same rate
-(its --rate), and what is found is the front: the students of which no other has both less error and
-a lower cost. A student that is behind one of no higher cost early in its training is stopped.
+(its --rate), and what is found is the front: the students within the budget of which no other has
+both less error and a lower cost. One that is behind another of no higher cost early in its training
+is stopped.
 
 The error is that of a sample of the posterior, which is what the rate pays for. That of the mean,
 which users decode, falls with every latent more, whatever the rate; it stands beside it.
@@ -19,19 +20,21 @@ into folders beside the study, search.csv and search.png, and prints a table. Ev
 on the validation split. Needs `pip install -r requirements-deploy.txt`.
 """
 
+import json
 import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
 
-from comparison import run_distillation, shape_name
+from comparison import Comparison, shape_name
 from metrics import median_seconds
 from models import count_macs, count_parameters
 from onnx_models import onnx_form, split_vae, to_onnx
 from pictures import save_figure
-from runtime import InputError, describe_device, pick_device, print_table, require, run_script
+from runtime import InputError, describe_device, print_table, require, run_script
 from settings import (
     Kind,
     file_path,
@@ -144,8 +147,15 @@ COLUMNS = (
     "student", "shape", "trial", "state", "on_front", "sampled_mse", "mse", "kl_nats", *MEASURED,
     "seconds",
 )
+# What the study depends on; the rest may change when it is resumed.
+NOT_IN_RECIPE = {
+    "trials", "train_best", "train_epochs", "device", "checkpoint_dir", "output_dir", "data",
+    "teacher", "split", "judge", "judged",
+}
 HEARTBEAT, GRACE = 15, 60  # seconds between a process's signs of life, and until it counts as dead
-REFUSALS = 2000  # proposals in a row beyond the budget, after which there seems to be none within
+STARTUP = 8  # students of random shapes within the budget, before Optuna learns from what was found
+COMPARABLE = 0.03  # rates that differ by less, as a fraction, do not forbid comparing two errors
+REFUSALS, CLOCKED_REFUSALS = 2000, 50  # shapes in a row beyond the budget: none seems within it
 
 
 # --- A student's shape and cost ---
@@ -176,18 +186,14 @@ def count(shape):
 
 @torch.no_grad()
 def clock(shape):
-    """Milliseconds to encode and to decode one image: PyTorch, and ONNX Runtime where installed."""
+    """Milliseconds to encode and to decode one image, in PyTorch and in ONNX Runtime: medians,
+    which other work on the machine raises."""
     vae = TinyVAE32(**shape).eval()
     vae.check_range = False
     image, latent = torch.rand(1, *IMAGE_SHAPE), torch.randn(1, vae.latent_dim)
-    forms = {"": vae}
-    try:
-        models = {part.name: to_onnx(part, vae, {}) for part in split_vae(vae)}
-        forms["onnx_"] = onnx_form("ONNX", "", models)
-    except ImportError:
-        pass
+    models = {part.name: to_onnx(part, vae, {}) for part in split_vae(vae)}
     found = {}
-    for prefix, form in forms.items():
+    for prefix, form in (("", vae), ("onnx_", onnx_form("ONNX", "", models))):
         for name, work in (
             ("encode", lambda form=form: form.encode(image)),
             ("decode", lambda form=form: form.decode(latent)),
@@ -208,7 +214,7 @@ def excess(cost, budget):
 
 
 class Search:
-    """The settings, and what has been measured so far: shared by all students.
+    """What all students share: settings, images, teacher, and those that are known.
 
     Args:
         settings: the script's.
@@ -217,30 +223,44 @@ class Search:
 
     def __init__(self, settings, optuna):
         self.settings, self.optuna = settings, optuna
-        self.folder = settings.checkpoint_dir / "search"
+        # Nothing is measured here but what training reports, on the validation split.
+        vars(settings).update(split="val", judge="none", judged=0)
+        self.comparison = Comparison(settings, "search")
+        self.folder = self.comparison.folder
+        teacher = self.comparison.teacher
+        if teacher and teacher.latent_dim < settings.latent_dims[1]:
+            raise InputError(
+                f"the teacher has {teacher.latent_dim} latents, and students may have up to "
+                f"{settings.latent_dims[1]}: lower the second number of --latent-dims"
+            )
+        self.known = []  # rows of the students of KNOWN
         self.refusals = 0
 
-    def train(self, shape, epochs, is_hopeless=None):
-        """Train a student, or find that it is trained: error, rate, validation errors, seconds.
-
-        Returns None where `is_hopeless(errors)` stopped it.
-        """
-        s = self.settings
-        changes = {}
-        if s.scratch:
-            changes = {"reconstruction_weight": 1, "output_weight": 0, "latent_weight": 0}
-            changes |= {"kl_weight": 0.33}  # the starting point: --rate moves it
-        changes |= {
-            "data": s.data, "limit": s.limit, "rate": s.rate, "epochs": epochs, "seed": s.seed,
-            "teacher": s.teacher, "vgg": s.vgg, "device": s.device, "precision": s.precision,
-            "calibration": "both",  # whatever the number of latents
-            "save_every": 1_000_000,  # no numbered checkpoints
+    def recipe(self):
+        """What the study depends on, as plain data."""
+        found = {name: value for name, value in vars(self.settings).items()
+                 if name not in NOT_IN_RECIPE}
+        found["stop_margin"] = str(found["stop_margin"])  # JSON has no infinity
+        comparison = self.comparison
+        return found | {
+            "images": comparison.record["pixels_sha256"],
+            "teacher": comparison.teacher_sha256,
+            "VGG16": comparison.vgg_record["vgg_sha256"],
         }
-        if s.teacher:
-            changes["teacher_outputs"] = self.folder / "teacher_outputs.pth"
-        name = shape_name(shape)
-        trained = run_distillation(
-            name, self.student_folder(shape, epochs), shape | changes, is_hopeless
+
+    def train(self, shape, epochs, is_hopeless=None):
+        """Train a student, or find that it is trained: its `figures`.
+
+        Returns None where `is_hopeless(rows)`, of the epochs so far, stopped it.
+        """
+        changes = {"epochs": epochs, "rate": self.settings.rate}
+        changes["calibration"] = "both"  # whatever the number of latents
+        if self.settings.scratch:
+            changes |= {"reconstruction_weight": 1, "output_weight": 0}
+            changes |= {"kl_weight": 0.33}  # to start from: --rate moves it
+        trained = self.comparison.train_student(
+            shape_name(shape), self.student_folder(shape, epochs).name, self.settings.seed,
+            is_hopeless=is_hopeless, **shape, **changes,
         )
         return trained and figures(trained["rows"])
 
@@ -251,16 +271,20 @@ class Search:
 
     def objective(self, trial):
         """Train what Optuna proposes → (error, cost). Raises TrialPruned for what is beyond the
-        budget, which costs nothing, and for what is stopped."""
+        budget, which is not trained, and for what is stopped."""
         shape = propose(trial, self.settings)
         cost = count(shape)
-        self.refuse(trial, cost)
+        self.refuse(trial, cost, REFUSALS)
         cost |= clock(shape)
-        self.refuse(trial, cost)
+        self.refuse(trial, cost, CLOCKED_REFUSALS)
         self.refusals = 0
         trial.set_user_attr("shape", shape)
         trial.set_user_attr("cost", cost)
-        found = self.train(shape, self.settings.epochs, self.is_behind(trial.study, cost))
+        try:
+            found = self.train(shape, self.settings.epochs, self.is_behind(trial.study, cost))
+        except (KeyboardInterrupt, InputError):
+            trial.study.enqueue_trial(trial.params)  # the next start takes it up again
+            raise
         if found is None:
             trial.set_user_attr("stopped", True)
             raise self.optuna.TrialPruned("behind a student that costs no more")
@@ -269,16 +293,16 @@ class Search:
         trial.set_constraint("rate", off - self.settings.rate_tolerance)
         return found["sampled_mse"], cost[self.settings.cost]
 
-    def refuse(self, trial, cost):
+    def refuse(self, trial, cost, limit):
         beyond = excess(cost, self.settings.budget)
         for name, value in beyond.items():
             if name not in trial.constraints:
                 trial.set_constraint(name, value)
         if any(value > 0 for value in beyond.values()):
             self.refusals += 1
-            if self.refusals == REFUSALS:
+            if self.refusals >= limit:
                 raise InputError(
-                    f"{REFUSALS} shapes in a row were beyond --budget: raise it, or lower the "
+                    f"{self.refusals} shapes in a row were beyond --budget: raise it, or lower the "
                     "--widths"
                 )
             raise self.optuna.TrialPruned("beyond the budget")
@@ -286,27 +310,28 @@ class Search:
     def is_behind(self, study, cost):
         """A test of a student in training: is it behind one that costs no more?
 
-        It is, if after the same epoch of a training of the same length the other had less error by
-        the margin. The study has two objectives, for which Optuna has no pruner.
+        It is, if after the same epoch of a training of the same length, and at about the same rate,
+        the other had less error by the margin. The study has two objectives, for which Optuna has
+        no pruner of its own.
         """
-        trials = study.get_trials(states=(self.optuna.trial.TrialState.COMPLETE,))
-        others = [
-            trial.user_attrs["found"]["errors"]
-            for trial in trials
-            if trial.user_attrs["cost"][self.settings.cost] <= cost[self.settings.cost]
-        ]
+        complete = study.get_trials(states=(self.optuna.trial.TrialState.COMPLETE,))
+        trained = [(trial.user_attrs["cost"], trial.user_attrs["found"]) for trial in complete]
+        trained += [(row, row) for row in self.known]
+        name = self.settings.cost
+        others = [found["epochs"] for other, found in trained if other[name] <= cost[name]]
 
-        def is_hopeless(errors):
-            if not 0 < len(errors) < self.settings.epochs:
+        def is_hopeless(rows):
+            if not 0 < len(rows) < self.settings.epochs:
                 return False
-            epoch = len(errors) - 1
-            best = min((other[epoch] for other in others if len(other) > epoch), default=None)
-            return best is not None and errors[-1] > (1 + self.settings.stop_margin) * best
+            error, rate = rows[-1]["val_sampled_mse"], rows[-1]["kl_nats"]
+            found = (epochs[len(rows) - 1] for epochs in others)
+            errors = [e for e, other_rate in found if abs(other_rate / rate - 1) < COMPARABLE]
+            return bool(errors) and error > (1 + self.settings.stop_margin) * min(errors)
 
-        return is_hopeless if others else None
+        return is_hopeless
 
     def is_within(self, row):
-        """Whether a student is within the budget and at the rate."""
+        """Whether a trained student is within the budget and at the rate."""
         s = self.settings
         off = abs(row["kl_nats"] / s.rate - 1)
         return off <= s.rate_tolerance and all(
@@ -316,12 +341,11 @@ class Search:
 
 def figures(rows):
     """From the rows of metrics.csv: a student's figures on the validation split, at the end."""
-    rows = [row for row in rows if row["stage"] == "student"]
     return {
         "sampled_mse": rows[-1]["val_sampled_mse"],
         "mse": rows[-1]["val_mse"],
         "kl_nats": rows[-1]["kl_nats"],
-        "errors": [row["val_sampled_mse"] for row in rows],
+        "epochs": [(row["val_sampled_mse"], row["kl_nats"]) for row in rows],
         "seconds": round(sum(row["seconds"] for row in rows), 1),
     }
 
@@ -331,12 +355,7 @@ def figures(rows):
 
 def open_study(search):
     """The study in the file, new or resumed. Raises InputError if it is of another recipe."""
-    s, optuna = search.settings, search.optuna
-    path = search.folder / "study.db"
-    recipe = {name: getattr(s, name) for name in (
-        "data", "limit", "rate", "epochs", "scratch", "teacher", "vgg", "seed", "cost", "budget",
-    )}
-    recipe["teacher"] = s.teacher and str(s.teacher)
+    optuna, path = search.optuna, search.folder / "study.db"
     warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
     try:
         study = optuna.create_study(
@@ -351,22 +370,25 @@ def open_study(search):
                 ),
             ),
             # Not seeded: processes that share a study must not propose the same.
-            sampler=optuna.samplers.TPESampler(
-                n_startup_trials=8, multivariate=True
-            ),
+            sampler=optuna.samplers.TPESampler(n_startup_trials=STARTUP, multivariate=True),
             study_name="search",
             directions=["minimize", "minimize"],
             load_if_exists=True,
         )
-        study.set_metric_names(["validation MSE of a sample", s.cost])
-        earlier = study.user_attrs.get("recipe", recipe)
-        study.set_user_attr("recipe", earlier)
     except Exception as error:  # SQLAlchemy's, of many kinds
         reason = str(error).splitlines()[0]
         raise InputError(
-            f"{path} cannot be used as an Optuna study ({reason}): remove it, or name another "
+            f"{path} cannot be used as an Optuna study ({reason}): try again, or name another "
             "--checkpoint-dir"
         ) from error
+    study.set_metric_names(["validation MSE of a sample", search.settings.cost])
+    # As the file keeps it: a tuple has become a list.
+    recipe = json.loads(json.dumps(search.recipe()))
+    earlier = study.user_attrs.get("recipe")
+    if earlier is None:
+        study.set_user_attr("recipe", recipe)
+        propose_at_random(search, study)
+        return study
     changed = [f"{name} was {earlier.get(name)}, is {recipe[name]}" for name in recipe
                if earlier.get(name) != recipe[name]]
     if changed:
@@ -375,6 +397,21 @@ def open_study(search):
             "name another --checkpoint-dir"
         )
     return study
+
+
+def propose_at_random(search, study):
+    """Enqueue random shapes whose parameters and multiply-accumulates are within the budget. Left
+    to itself the sampler would start with random ones that mostly are not."""
+    s, optuna = search.settings, search.optuna
+    drafts = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=s.seed))
+    left = STARTUP
+    for _ in range(REFUSALS):
+        draft = drafts.ask()
+        if all(value <= 0 for value in excess(count(propose(draft, s)), s.budget).values()):
+            study.enqueue_trial(draft.params)
+            left -= 1
+        if not left:
+            return
 
 
 def is_trained(trial, optuna):
@@ -389,43 +426,44 @@ def trained_count(study, optuna):
     return sum(is_trained(trial, optuna) for trial in study.get_trials(deepcopy=False))
 
 
-def all_rows(search, study, known):
+def all_rows(search, study):
     """The rows of search.csv: the known students, then the trials."""
-    front = {trial.number for trial in study.best_trials}
-    rows = list(known)
+    rows = [dict(row) for row in search.known]
     for trial in study.get_trials(deepcopy=False):
-        if not is_trained(trial, search.optuna):
-            continue
-        attributes = trial.user_attrs
-        row = {
-            "student": f"trial {trial.number}",
-            "shape": shape_name(attributes["shape"]),
-            "arguments": attributes["shape"],
-            "trial": trial.number,
-            "state": "stopped" if "stopped" in attributes else "trained",
-        } | attributes["cost"] | attributes.get("found", {})
-        row["on_front"] = trial.number in front and search.is_within(row)
-        rows.append(row)
+        if is_trained(trial, search.optuna):
+            attributes = trial.user_attrs
+            rows.append(
+                {
+                    "student": f"trial {trial.number}",
+                    "shape": shape_name(attributes["shape"]),
+                    "arguments": attributes["shape"],
+                    "trial": trial.number,
+                    "state": "stopped" if "stopped" in attributes else "trained",
+                } | attributes["cost"] | attributes.get("found", {})
+            )
+    cost = search.settings.cost
+    candidates = [row for row in rows if row["state"] != "stopped" and search.is_within(row)]
+    for row in rows:
+        row["on_front"] = row in candidates and not any(
+            other["sampled_mse"] <= row["sampled_mse"] and other[cost] <= row[cost]
+            and (other["sampled_mse"], other[cost]) != (row["sampled_mse"], row[cost])
+            for other in candidates
+        )
     return rows
 
 
-def known_rows(search):
-    """Train the students of KNOWN. Their rows."""
-    rows = []
+def train_known(search):
+    """Train the students of KNOWN: `search.known`."""
     for name, shape in KNOWN.items():
-        found = search.train(shape, search.settings.epochs)
-        row = {
-            "student": name, "shape": shape_name(shape), "arguments": shape, "state": "known",
-            "on_front": False,
-        }
-        rows.append(row | count(shape) | clock(shape) | found)
-    return rows
+        row = {"student": name, "shape": shape_name(shape), "arguments": shape, "state": "known"}
+        row |= count(shape) | clock(shape)
+        search.known.append(row | search.train(shape, search.settings.epochs))
 
 
 def train_best(search, rows):
     """Train TinyVAE32 and the best students at length. Rows with both figures of each."""
     s = search.settings
-    within = [row for row in rows if row["state"] == "trained" and search.is_within(row)]
+    within = [row for row in rows if row["state"] != "stopped" and search.is_within(row)]
     within.sort(key=lambda row: (not row["on_front"], row["sampled_mse"]))
     chosen, seen = [rows[0]], {rows[0]["shape"]}  # rows[0] is TinyVAE32
     for row in within:
@@ -489,7 +527,8 @@ def draw_front(path, rows, cost, title):
         [row[cost] for row in trained], [row["sampled_mse"] for row in trained], "o", markersize=4,
         color="tab:grey", label="trained",
     )
-    front = sorted((row[cost], row["sampled_mse"], row["trial"]) for row in rows if row["on_front"])
+    front = [row for row in rows if row["on_front"]]
+    front = sorted((row[cost], row["sampled_mse"], str(row.get("trial", ""))) for row in front)
     if front:
         costs, errors, _ = zip(*front)
         ax.plot(
@@ -498,8 +537,8 @@ def draw_front(path, rows, cost, title):
         )
         for x, y, trial in front:
             ax.annotate(
-                str(trial), (x, y), xytext=(3, 4), textcoords="offset points", fontsize=7,
-                color="tab:blue",
+                trial, (x, y), xytext=(0, -11), textcoords="offset points", fontsize=7,
+                color="tab:blue", ha="center",
             )
     for row in rows:
         if row["state"] == "known":
@@ -509,10 +548,12 @@ def draw_front(path, rows, cost, title):
                 markersize=10 if is_whole else 6,
             )
             ax.annotate(
-                row["student"], (row[cost], row["sampled_mse"]), xytext=(6, -10),
-                textcoords="offset points", fontsize=8,
+                row["student"], (row[cost], row["sampled_mse"]), xytext=(0, 8),
+                textcoords="offset points", fontsize=8, ha="center",
             )
     ax.set_xscale("log")
+    for axis in (ax.xaxis.set_major_formatter, ax.xaxis.set_minor_formatter):
+        axis(EngFormatter(sep=""))
     ax.margins(0.12, 0.1)
     ax.set_xlabel(COSTS[cost], fontsize=9)
     ax.set_ylabel("validation MSE of a sample, pixels in [0, 1]", fontsize=9)
@@ -523,18 +564,22 @@ def draw_front(path, rows, cost, title):
     save_figure(figure, path)
 
 
-def print_summary(search, study, device):
+def words(budget):
+    return ", ".join(f"{name} <= {limit:g}" for name, limit in budget.items()) or "none"
+
+
+def print_summary(search, study):
     s = search.settings
-    done, budget = trained_count(study, search.optuna), s.budget
+    done, budget = trained_count(study, search.optuna), words(s.budget)
     print(
         f"study    {search.folder / 'study.db'}: {done} students trained, {s.trials} wanted\n"
-        f"budget   {', '.join(f'{name} <= {limit:g}' for name, limit in budget.items()) or 'none'}"
-        f"; small is: {s.cost}, {COSTS[s.cost]}\n"
-        f"images   {s.data}" + (f", the first {s.limit:,}" if s.limit else "") + "\n"
+        f"budget   {budget}; small is to be: {s.cost}, {COSTS[s.cost]}\n"
+        f"images   {search.comparison.data}: {len(search.comparison.train.images):,} to train on; "
+        "figures are of the validation split\n"
         f"training {s.epochs} epochs at {s.rate:g} nats, "
         f"{'MSE and KL alone' if s.scratch else 'the terms of distill_tinyvae.py'}, teacher "
         f"{s.teacher or 'none'}, VGG16 {s.vgg}, seed {s.seed}\n"
-        f"device   {describe_device(device)}",
+        f"device   {describe_device(search.comparison.device)}, {search.comparison.precision}",
         flush=True,
     )
 
@@ -564,33 +609,39 @@ def search_all(settings):
         if low > high:
             flag = name.replace("_", "-")
             raise InputError(f"--{flag} takes the smallest, then the largest, got {low},{high}")
+    if s.scratch and (s.teacher or s.vgg != "none"):
+        raise InputError("--scratch trains on MSE and KL alone: leave out --teacher and --vgg")
     optuna = require("optuna")
-    device = pick_device(s.device)
-    smallest = count({
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        require(package)
+    torch.set_num_threads(1)  # figures are of one thread; students have processes of their own
+    smallest = {
         "latent_dim": s.latent_dims[0],
         "encoder_channels": [getattr(s, f"widths_{size}")[0] for size in (16, 8, 4, 2)],
         "decoder_channels": [getattr(s, f"widths_{size}")[0] for size in (2, 4, 8, 16)],
-    })
-    for name, value in excess(smallest, s.budget).items():
+    }
+    cost = count(smallest)
+    if {"ms", "onnx_ms"} & set(s.budget):
+        cost |= clock(smallest)
+    for name, value in excess(cost, s.budget).items():
         if value > 0:
             raise InputError(
-                f"the smallest student has {name} {smallest[name]:g}, beyond --budget: raise it, "
-                "or lower the --widths"
+                f"the smallest student has {name} {cost[name]:g}, beyond --budget: raise it, or "
+                "lower the --widths"
             )
-    torch.set_num_threads(1)  # figures are of one thread; students have processes of their own
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    optuna.logging.set_verbosity(optuna.logging.CRITICAL)  # errors are told in a sentence
     search = Search(s, optuna)
     check_writable(search.folder)
     check_writable(s.output_dir)
     with locked(search.folder, wait=True):  # another process may be making it
         study = open_study(search)
-    print_summary(search, study, device)
+    print_summary(search, study)
     csv_path, png_path = s.output_dir / "search.csv", s.output_dir / "search.png"
-    title = f"{s.data}, {s.epochs} epochs, {s.rate:g} nats"
-    known = known_rows(search)
+    title = f"{search.comparison.data}, {s.epochs} epochs, {s.rate:g} nats, {words(s.budget)}"
+    train_known(search)
 
     def report(study, trial=None):
-        rows = all_rows(search, study, known)
+        rows = all_rows(search, study)
         with locked(search.folder, wait=True):  # another process may report as well
             write_csv(csv_path, COLUMNS, [{c: row.get(c, "") for c in COLUMNS} for row in rows])
             draw_front(png_path, rows, s.cost, title)
@@ -615,6 +666,11 @@ def search_all(settings):
     print()
     shown = [row for row in rows if row["state"] == "known" or row["on_front"]]
     print_table([table_row(row, rows[0]) for row in shown])
+    if not any(row["on_front"] for row in rows):
+        print(
+            f"\nNo student is within the budget and within {s.rate_tolerance:.1%} of {s.rate:g} "
+            "nats: the front is empty."
+        )
     print(
         "\nThe known students, and the front. MSE: validation split, pixels in [0, 1]. KL: the "
         "rate.\nms: encode + decode one image, medians of 100, one CPU thread."

@@ -21,7 +21,7 @@ def write_bytes(path, content):
     Raises InputError where the folder cannot be written or the disk is full; the old file stays.
     """
     path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # another may write it as well
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:

@@ -523,6 +523,20 @@ def test_a_rate_that_is_asked_for_moves_the_weight_in_training(
         train(tmp_path / "none", *flags, "--rate", "60", "--kl-weight", "0")
 
 
+def test_with_a_rate_the_best_epoch_is_the_last(tmp_path, monkeypatch, without_pictures):
+    errors = iter([0.1, 0.3, 0.2])  # the first at another rate
+
+    def evaluate(*args):
+        return metrics.evaluate_vae(*args) | {"mse": next(errors)}
+
+    monkeypatch.setattr(training, "evaluate_vae", evaluate)
+    monkeypatch.setattr(runs, "best_student", lambda run: TinyVAE32())
+    monkeypatch.setattr(report, "print_results", lambda *args: None)
+    train(tmp_path, "--teacher", "none", "--epochs", "3", "--rate", "30", "--vgg", "none")
+    best = storage.load_checkpoint(tmp_path / "checkpoints" / "tinyvae_best.pth")
+    assert best["epoch"] == 3
+
+
 class NoLooking(TorchDispatchMode):
     """Refuses operations that need a value on the CPU, for which a GPU would have to be waited."""
 

@@ -90,8 +90,10 @@ def test_two_processes_compute_what_one_does(tmp_path):
     script.write_text(
         """
 import torch
+from types import SimpleNamespace
 from torch.nn import BatchNorm2d, Module, Sequential
 from distributed import *
+from training import Stage
 
 class Model(Module):
     def __init__(self):
@@ -135,6 +137,12 @@ with processes(torch.device("cpu")):
     image = image.to(memory_format=torch.channels_last)
     average([image, own_loss])
     close(image, (images[0] + images[1]) / 2)
+    # The rate of the whole batch, 100 nats, moves the weight.
+    stage = SimpleNamespace(
+        kl_factor=torch.ones(()), progress=torch.tensor(0.5), done=torch.zeros(1000)
+    )
+    Stage.hold_rate(stage, torch.tensor((80.0 + 40 * rank()) / 3072), 80.0)
+    close(stage.kl_factor, torch.tensor(40 / 1000 * 0.25).exp())
     print("all the same")
 """
     )

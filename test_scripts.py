@@ -412,10 +412,11 @@ def test_each_stage_learns_from_the_one_before(
     folder = tmp_path / "checkpoints" / "progressive"
 
     def record(row):
-        name = row["student"].replace(" ", "_").replace(",", "")
-        return storage.load_checkpoint(folder / f"{name}_{row['shape']}" / "tinyvae_last.pth")
+        name = f"{row['student']}_{row['shape']}_{row['epochs']}_epochs"
+        name = name.replace(" ", "_").replace(",", "")
+        return storage.load_checkpoint(folder / name / "tinyvae_last.pth")
 
-    best = folder / f"stage_1_{SMALL}" / "tinyvae_best.pth"
+    best = folder / f"stage_1_{SMALL}_2_epochs" / "tinyvae_best.pth"
     assistant, _ = models.load_model(best, TinyVAE32)
     found = [record(row)["record"] for row in (first, last, direct, none)]
     assert found[1]["teacher_sha256"] == storage.fingerprint(assistant)
@@ -428,7 +429,8 @@ def test_each_stage_learns_from_the_one_before(
     epochs = round((2 * macs[0] + macs[1]) / macs[1])
     assert int(longer["epochs"]) == int(none_longer["epochs"]) == epochs > 3
     # The figures are those of the checkpoint, computed here another way.
-    vae, _ = models.load_model(folder / f"stage_2_{SMALLER}" / "tinyvae_best.pth", TinyVAE32)
+    best = folder / f"stage_2_{SMALLER}_1_epochs" / "tinyvae_best.pth"
+    vae, _ = models.load_model(best, TinyVAE32)
     images = data.to_float(data.load_training_images("dead-leaves", 64).val)
     assert float(last["mse"]) == pytest.approx(F.mse_loss(vae(images)[0], images).item(), rel=1e-3)
 
@@ -437,6 +439,14 @@ def test_each_stage_learns_from_the_one_before(
     assert len(in_this_process) == 12
     with pytest.raises(InputError, match="--epochs has 3 values for 2 stages"):
         progressive_distillation.main([*flags, "--epochs", "1,1,1"])
+    wide = "8-12-16-24_96_24-16-12-8"
+    for stages, message in (
+        (f"{wide},{SMALLER}", "stage 1 has 96 latents and stage 2 64: --projections identity"),
+        (f"{SMALL},{wide}", "stage 1 has 64 latents and stage 2 96"),
+    ):
+        with pytest.raises(InputError, match=message):
+            progressive_distillation.main([*flags, "--stages", stages])
+    assert len(in_this_process) == 12
 
 
 @pytest.mark.parametrize(
