@@ -92,7 +92,7 @@ def train(comparison, label, stage_shape, epochs, **changes):
     """A row of the table: a student trained now or earlier. Its checkpoint is row["path"]."""
     s = comparison.settings
     folder = f"{label}_{shape_name(stage_shape)}_{epochs}_epochs".replace(" ", "_").replace(",", "")
-    changes |= {"epochs": epochs, "rate": s.rate}
+    changes |= {"epochs": epochs, "rate": s.rate, "calibration": "both"}
     trained = comparison.train_student(label, folder, s.seed, **stage_shape, **changes)
     path = comparison.folder / folder / "tinyvae_best.pth"
     vae, _ = load_model(path, TinyVAE32)

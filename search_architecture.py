@@ -486,8 +486,6 @@ def rank_correlation(first, second):
 
 def table_row(row, tiny_vae):
     def milliseconds(prefix):
-        if f"{prefix}ms" not in row:
-            return "–"
         return f"{row[f'{prefix}encode_ms']:.2f} + {row[f'{prefix}decode_ms']:.2f}"
 
     def error(name):
