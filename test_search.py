@@ -41,7 +41,8 @@ def no_clock(monkeypatch):
 
     def clock(shape):
         ms = sum(shape["encoder_channels"] + shape["decoder_channels"]) / 1000
-        return {"encode_ms": ms / 2, "decode_ms": ms / 2, "ms": ms}
+        halves = dict.fromkeys(("encode_ms", "decode_ms"), ms / 2) | {"ms": ms}
+        return halves | {f"onnx_{name}": value for name, value in halves.items()}
 
     monkeypatch.setattr(search_architecture, "clock", clock)
     monkeypatch.setattr(
@@ -305,7 +306,7 @@ def test_a_killed_search_loses_no_trial_and_two_processes_share_one(tmp_path, op
     script = (
         "import search_architecture as s; s.KNOWN = {'TinyVAE32': s.KNOWN['TinyVAE32']}; "
         "s.HEARTBEAT, s.GRACE, s.STARTUP = 1, 2, 1; s.clock = lambda shape: "
-        "dict.fromkeys(('encode_ms', 'decode_ms', 'ms'), 1.0); s.run_script(s.main)"
+        "dict.fromkeys(s.MEASURED[3:], 1.0); s.run_script(s.main)"
     )
 
     def start():
