@@ -520,12 +520,16 @@ def draw_front(path, rows, cost, title):
     figure = Figure(figsize=(8, 5), layout="constrained")
     figure.suptitle(title, fontsize=11)
     ax = figure.subplots()
+    # Failures far above would press the rest together.
+    top = 1.1 * max(row["sampled_mse"] for row in rows if row["state"] == "known")
     trained = [row for row in rows if row["state"] == "trained"]
+    shown = [row for row in trained if row["sampled_mse"] <= top]
+    above = len(trained) - len(shown)
     ax.plot(
-        [row[cost] for row in trained], [row["sampled_mse"] for row in trained], "o", markersize=4,
-        color="tab:grey", label="trained",
+        [row[cost] for row in shown], [row["sampled_mse"] for row in shown], "o", markersize=4,
+        color="tab:grey", label="trained" + (f" ({above} more above)" if above else ""),
     )
-    front = [row for row in rows if row["on_front"]]
+    front = [row for row in rows if row["on_front"] and row["sampled_mse"] <= top]
     front = sorted((row[cost], row["sampled_mse"], str(row.get("trial", ""))) for row in front)
     if front:
         costs, errors, _ = zip(*front)
