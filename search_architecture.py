@@ -645,7 +645,7 @@ def search_all(settings):
     def report(study, trial=None):
         rows = all_rows(search, study)
         with locked(search.folder, wait=True):  # another process may report as well
-            write_csv(csv_path, COLUMNS, [{c: row.get(c, "") for c in COLUMNS} for row in rows])
+            write_csv(csv_path, COLUMNS, rows)
             draw_front(png_path, rows, s.cost, title)
         if trial is not None and is_trained(trial, optuna):
             found, result = trial.user_attrs.get("found"), "stopped"

@@ -71,9 +71,9 @@ def write_json(path, record):
 
 
 def write_csv(path, columns, rows):
-    """Rows are dictionaries; a column that a row lacks stays empty."""
+    """Rows are dictionaries: what a row lacks stays empty, what is no column is left out."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
+    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     write_bytes(path, text.getvalue().encode())
