@@ -4,8 +4,6 @@ import gc
 
 import torch
 
-from runtime import InputError
-
 STEPS_BEFORE_CAPTURE = 5
 
 
@@ -17,11 +15,14 @@ class StepGraph:
     chooses its algorithms. A step takes no arguments and returns nothing: what changes from step to
     step it reads from tensors on the device, and it must not read a value back.
 
-    Raises InputError if the step cannot be recorded.
+    Args:
+        step: a function without arguments.
+        on_failure: called with the reason if the step cannot be recorded; steps then go on being
+            launched as they are, which is slower and does the same.
     """
 
-    def __init__(self, step):
-        self.step = step
+    def __init__(self, step, on_failure):
+        self.step, self.on_failure = step, on_failure
         self.stream = torch.cuda.Stream()
         self.calls = 0
         self.graph = None
@@ -41,6 +42,8 @@ class StepGraph:
     def capture(self):
         gc.collect()  # an earlier stage's graph must not be freed in the middle of this one
         graph = torch.cuda.CUDAGraph()
+        generator = torch.cuda.default_generators[torch.cuda.current_device()]
+        random_state = generator.clone_state()
         try:
             # Other threads, such as tqdm's, may do as they like.
             with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
@@ -49,9 +52,7 @@ class StepGraph:
             cause = error.__context__ or error  # ending a capture that failed fails in its turn
             if isinstance(cause, torch.OutOfMemoryError):
                 raise cause from None
-            reason = str(cause).splitlines()[0]
-            raise InputError(
-                f"a training step could not be captured as a CUDA graph ({reason}): run with "
-                "--no-graph"
-            ) from error
-        self.graph = graph
+            generator.graphsafe_set_state(random_state)  # the other one is still being captured
+            self.on_failure(str(cause).splitlines()[0])
+        else:
+            self.graph = graph

@@ -101,7 +101,7 @@ SEED = 0  # of weights, image order and latent samples
 
 # --- Machine ---
 DEVICE = "auto"  # auto (cuda, then mps, then cpu), cuda, cpu or mps
-PRECISION = "auto"  # auto, fp32, bf16 or fp16; auto takes what the device does natively
+PRECISION = "auto"  # auto, fp32, bf16 or fp16; auto: 16 bits on CUDA, fp32 elsewhere
 GRAPH = True  # on one CUDA device, launch each step as a whole (CUDA graph)
 
 # --- Files ---

@@ -50,7 +50,8 @@ def pick_device(name):
 
 
 def pick_precision(name, device):
-    """`auto` takes what the hardware does natively: bf16, else fp16 tensor cores, else fp32.
+    """`auto` takes what a CUDA device does natively, bf16, or else fp16 on tensor cores; and fp32
+    elsewhere. On CPUs bf16 is faster or slower by the CPU and the network (docs/speed.md).
 
     fp32 means it: TF32, which Ampere and later use in convolutions by default, is turned off.
     """
@@ -69,23 +70,7 @@ def pick_precision(name, device):
             return "bf16"
         has_tensor_cores = torch.cuda.get_device_capability(device) >= (7, 0)
         return "fp16" if has_tensor_cores else "fp32"
-    if device.type == "cpu" and cpu_has_bf16():
-        return "bf16"
     return "fp32"
-
-
-def cpu_has_bf16():
-    """Whether this CPU multiplies bf16 matrices itself; emulated, bf16 is slower than fp32."""
-    if hasattr(torch.cpu, "get_capabilities"):
-        capabilities = torch.cpu.get_capabilities()
-        return bool(capabilities.get("amx_bf16") or capabilities.get("avx512_bf16"))
-    return "amx_bf16" in cpuinfo() or "avx512_bf16" in cpuinfo()  # older PyTorch
-
-
-def cpuinfo():
-    """The content of /proc/cpuinfo; nothing where there is none."""
-    path = Path("/proc/cpuinfo")
-    return path.read_text() if path.exists() else ""
 
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -102,7 +87,8 @@ def describe_device(device):
         return torch.cuda.get_device_name(device)
     if device.type == "mps":
         return f"Apple {platform.processor()} GPU"
-    name = re.search(r"model name\s*: (.+)", cpuinfo())
+    cpuinfo = Path("/proc/cpuinfo")  # of Linux
+    name = cpuinfo.exists() and re.search(r"model name\s*: (.+)", cpuinfo.read_text())
     model = name[1] if name else platform.processor() or platform.machine()
     isa = torch.backends.cpu.get_cpu_capability()
     return f"CPU, {model}, {isa}, {torch.get_num_threads()} threads"

@@ -1374,26 +1374,64 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_state(
 # --- CUDA ---
 
 
-def test_a_failed_capture_says_why(monkeypatch):
+class FakeGenerator:
+    state = "before"
+
+    def clone_state(self):
+        return self.state
+
+    def graphsafe_set_state(self, state):
+        self.state = state
+
+
+def test_a_failed_capture_goes_on_step_by_step_and_is_recorded(
+    tmp_path, monkeypatch, capsys, without_pictures
+):
     @contextlib.contextmanager
     def graph(*args, **kwargs):  # as torch.cuda.graph ends where its body raises
+        generator.state = "in capture"
+        calls.append("capture")
         try:
-            yield
+            raise reason
         finally:
             raise RuntimeError("operation failed due to a previous error during capture")
+        yield
 
-    def step():
-        raise reason
-
-    monkeypatch.setattr(torch.cuda, "graph", graph)
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", SimpleNamespace)
-    monkeypatch.setattr(torch.cuda, "Stream", SimpleNamespace)
-    reason = RuntimeError("a host synchronisation\nand more")
-    with pytest.raises(InputError, match=r"\(a host synchronisation\): run with --no-graph"):
-        cuda_graph.StepGraph(step).capture()
+    calls, generator = [], FakeGenerator()
+    for name, value in {
+        "graph": graph, "CUDAGraph": SimpleNamespace, "default_generators": [generator],
+        "current_device": lambda: 0, "current_stream": lambda: stream,
+        "Stream": lambda: stream, "stream": lambda _: contextlib.nullcontext(),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    stream = SimpleNamespace(wait_stream=lambda _: None)
     reason = torch.OutOfMemoryError("CUDA out of memory")
     with pytest.raises(torch.OutOfMemoryError):
-        cuda_graph.StepGraph(step).capture()
+        cuda_graph.StepGraph(lambda: None, calls.append).capture()
+    assert calls == ["capture"]
+
+    generator.state = "before"
+    reason = RuntimeError("a host synchronisation\nand more")
+    graphed = training.Stage.graphed
+
+    def pretend(self, step):
+        self.is_graphed = True
+        return graphed(self, step)
+
+    monkeypatch.setattr(cuda_graph, "STEPS_BEFORE_CAPTURE", 1)
+    flags = ("--teacher-epochs", "1", "--epochs", "1")
+    train(tmp_path / "plain", *flags)
+    monkeypatch.setattr(training.Stage, "graphed", pretend)
+    train(tmp_path / "failed", *flags)
+    assert calls == ["capture"] * 3  # once a stage, and above
+    assert generator.state == "before"
+    printed = capsys.readouterr().out
+    assert "one by one, since recording one as a CUDA graph failed (a host sync" in printed
+    assert_same_run(tmp_path / "plain", tmp_path / "failed")
+    record = json.loads((tmp_path / "failed" / "outputs" / "config.json").read_text())
+    assert record["graph_failed"] == "a host synchronisation"
+    last = storage.load_checkpoint(tmp_path / "failed" / "checkpoints" / "tinyvae_last.pth")
+    assert last["record"]["graph_failed"] == "a host synchronisation"
 
 
 def skip_without_bf16(precision):

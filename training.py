@@ -19,6 +19,7 @@ from distributed import average, copy_from_first, own_rows, share_batch_norm, wo
 from metrics import EVALUATION_BATCH, effective_rank, evaluate_vae, sampled_mse
 from optimizer import OneCycleOptimizer
 from runtime import InputError, autocast, progress_bar
+from storage import write_json
 from vae import PIXEL_VALUES
 
 CALIBRATION_IMAGES = 5000  # training images that BatchNorm's statistics are taken from
@@ -86,7 +87,16 @@ class Stage:
 
     def graphed(self, step):
         """The step, as a CUDA graph where the run asks for it."""
-        return StepGraph(step) if self.is_graphed else step
+        return StepGraph(step, self.record_failed_graph) if self.is_graphed else step
+
+    def record_failed_graph(self, reason):
+        """Say and record that the run goes on without a CUDA graph."""
+        self.bar.write(
+            f"Steps of the {self.name} are launched one by one, since recording one as a CUDA "
+            f"graph failed ({reason})"
+        )
+        self.run.record["graph_failed"] = reason
+        write_json(self.run.output("config.json"), self.run.record)
 
     # --- What a step calls ---
 
