@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 import ablate_distillation
+import bench_peers
 import bench_training
 import comparison
 import data
@@ -591,3 +592,41 @@ def test_the_evaluation_on_cuda(tiny_run, tmp_path):
     flags = ["--checkpoint-dir", str(run / "checkpoints"), "--output-dir", str(tmp_path)]
     test_trained_model.main([*flags, "--device", "cuda"])
     assert (tmp_path / "evaluation.json").exists()
+
+
+# --- bench_peers.py ---
+
+
+def test_the_trainers_of_the_bench_do_the_same_job(tmp_path, capsys):
+    flags = ("--trainers", "ours,loop", "--data", "dead-leaves", "--limit", "512", "--repeats", "1",
+             "--batch-size", "32", "--device", "cpu", "--output-dir", str(tmp_path))
+    bench_peers.main([*flags, "--jobs", "student,distillation"])
+    rows = read_csv(tmp_path / "bench_peers.csv")
+    jobs = [(row["job"], row["trainer"], row["steps"]) for row in rows]
+    assert jobs == [(job, trainer, "32") for job in ("student", "distillation")
+                    for trainer in ("ours", "loop")]
+    assert all(float(row[key]) > 0 for row in rows for key in bench_peers.COLUMNS[-4:])
+    assert capsys.readouterr().out.count("times as fast") == 4
+    for bad, sentence in (
+        (("--jobs", "teacher", "--limit", "200"), "50 images of the teacher's job are too few"),
+        (("--vgg", "none"), "leaves out what is to be timed"),
+        (("--vgg", str(tmp_path / "none.pth")), "ours could not do the distillation job: error: "),
+    ):
+        with pytest.raises(InputError, match=sentence):
+            bench_peers.main([*flags, "--jobs", "distillation", *bad])
+
+
+def test_the_bench_and_the_recipe_weigh_the_terms_alike():
+    """The loss that the other trainers minimise is that of distill_tinyvae.py."""
+    settings = parse_settings(vars(distill_tinyvae), [])
+    weights = {name: getattr(settings, f"{name}_weight") for name in losses.TERMS}
+    weights["kl"] *= settings.kl_scale
+    weights["perceptual"] *= settings.perceptual_scale
+    assert weights == bench_peers.WEIGHTS
+    assert settings.perceptual_images == bench_peers.PERCEPTUAL_IMAGES
+
+
+def test_a_trainer_that_is_not_installed_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lightning", None)
+    with pytest.raises(InputError, match=r"lightning is needed here .*: pip install pythae"):
+        bench_peers.main(["--trainers", "lightning", "--output-dir", str(tmp_path)])

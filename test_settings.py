@@ -24,7 +24,7 @@ from settings import parse_settings
 from testing import HERE, folders
 
 SCRIPTS = (
-    "distill_tinyvae", "test_trained_model", "ablate_distillation", "bench_training",
+    "distill_tinyvae", "test_trained_model", "ablate_distillation", "bench_training", "bench_peers",
     "export_tinyvae", "prune_tinyvae", "search_architecture", "progressive_distillation",
 )
 
