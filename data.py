@@ -22,12 +22,14 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageOps
 
 from runtime import InputError, download_timeout, import_torchvision, progress_bar
 from storage import load_checkpoint, save_checkpoint
 
 DATA_DIR = Path(__file__).resolve().parent / "data"  # downloads and decoded folders
 IMAGE_SIZE = 32  # pixels a side
+TOO_DEEP = ("I", "F")  # PIL's modes of more than 8 bits, I;16 and its like among them, start so
 SPLIT_SEED = 0  # which images are held out: the same in every run
 
 # Images of the sources that are made here: as many as CIFAR-10 has.
@@ -207,7 +209,11 @@ def list_images(folder):
             "with or without class folders in them"
         )
     paths = []
-    for parent, _, names in os.walk(folder, followlinks=True, onerror=refuse_listing):
+    for parent, folders, names in os.walk(folder, followlinks=True, onerror=refuse_listing):
+        for name in folders:
+            path = Path(parent, name)
+            if path.is_symlink() and path.resolve() in (above.resolve() for above in path.parents):
+                raise InputError(f"{path} is a link to a folder that it lies in: remove it")
         for name in names:
             path = Path(parent, name)
             if path.suffix.lower() in extensions and not name.startswith("."):
@@ -223,10 +229,13 @@ def refuse_listing(error):
     raise InputError(f"could not list {error.filename} ({error.strerror}): check its permissions")
 
 
-def read_image(torchvision, path):
-    """PIL, RGB."""
+def read_image(path):
+    """PIL, RGB, turned as the camera says. Raises InputError where it cannot be read."""
     try:
-        return torchvision.datasets.folder.default_loader(path)
+        with Image.open(path) as image:
+            if image.mode.startswith(TOO_DEEP):  # as RGB, nearly all of it would be white
+                raise ValueError(f"more than 8 bits a pixel: PIL's mode {image.mode}")
+            return ImageOps.exif_transpose(image).convert("RGB")
     except Exception as error:  # PIL raises OSError, SyntaxError, ValueError and its own
         raise InputError(
             f"could not read the image {path} ({error}): replace or remove it"
@@ -234,12 +243,11 @@ def read_image(torchvision, path):
 
 
 def decode_images(paths, description):
-    torchvision = import_torchvision()
-    transforms = torchvision.transforms.functional
+    transforms = import_torchvision().transforms.functional
     images = torch.empty(len(paths), 3, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.uint8)
     resized = 0
     for i, path in enumerate(progress_bar(paths, desc=description, unit="image")):
-        image = read_image(torchvision, path)
+        image = read_image(path)
         if image.size != (IMAGE_SIZE, IMAGE_SIZE):
             image = transforms.center_crop(transforms.resize(image, IMAGE_SIZE), IMAGE_SIZE)
             resized += 1
@@ -270,8 +278,7 @@ def photo_crops(count, split):
 
     Returns uint8, count×3×32×32.
     """
-    torchvision = import_torchvision()
-    transforms = torchvision.transforms.functional
+    transforms = import_torchvision().transforms.functional
     photographs = []
     for package, file in PHOTOGRAPHS:
         found = importlib.util.find_spec(package)
@@ -281,7 +288,7 @@ def photo_crops(count, split):
                 "install -r requirements.txt"
             )
         path = Path(found.origin).parent / file
-        photograph = transforms.pil_to_tensor(read_image(torchvision, path))
+        photograph = transforms.pil_to_tensor(read_image(path))
         left, right = (round(edge * photograph.shape[2]) for edge in STRIPS[split])
         photographs.append(photograph[:, :, left:right])
     generator = torch.Generator().manual_seed(list(STRIPS).index(split))

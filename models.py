@@ -39,12 +39,30 @@ def load_model(path, expected):
     if found is None or not issubclass(found, expected):
         raise InputError(f"{path} holds a {name}, but a {expected.__name__} is needed here")
     try:
+        with torch.device("meta"):  # nothing is allocated before its size is known
+            expected = found(**arguments).state_dict()
+        refuse_other_weights(checkpoint["model"], expected)
         model = found(**arguments)
         model.load_state_dict(checkpoint["model"])
-    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
-        reason = str(error).splitlines()[0]
+    except (TypeError, ValueError, RuntimeError, AttributeError, OverflowError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(f"the weights in {path} do not fit its architecture: {reason}") from error
     return model.eval(), checkpoint
+
+
+def refuse_other_weights(weights, expected):
+    """Raise ValueError unless weights are finite and of the names, shapes and types expected."""
+    if not isinstance(weights, dict) or set(weights) != set(expected):
+        raise ValueError("other layers")
+    for name, tensor in weights.items():
+        is_tensor = isinstance(tensor, torch.Tensor)
+        if not is_tensor or tensor.shape != expected[name].shape:
+            shape = list(tensor.shape) if is_tensor else type(tensor).__name__
+            raise ValueError(f"{name} is {shape}, not {list(expected[name].shape)}")
+        if tensor.dtype != expected[name].dtype or tensor.layout != torch.strided:
+            raise ValueError(f"{name} is {tensor.dtype}, not {expected[name].dtype}")
+        if not tensor.isfinite().all():
+            raise ValueError(f"{name} holds NaN or infinity")
 
 
 def find_checkpoint(path, folder):

@@ -136,6 +136,7 @@ class OneCycleOptimizer:
         }
 
     def load_state_dict(self, state):
+        self.learning_rate.copy_(state["optimizer"]["param_groups"][0]["lr"])
         self.adam.load_state_dict(state["optimizer"])
         for group in self.adam.param_groups:
             group["lr"], group["capturable"] = self.learning_rate, self.capturable

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pickle
+import zipfile
 from pathlib import Path
 
 import torch
@@ -16,7 +17,8 @@ from runtime import InputError
 
 
 def write_bytes(path, content):
-    """Replace a file by `content` in one step: a reader, or a crash, sees the old or the new.
+    """Replace a file by `content` in one step: a reader, a crash or a power cut leaves the old or
+    the new. When this returns, the new one is on the disk.
 
     Raises InputError where the folder cannot be written or the disk is full; the old file stays.
     """
@@ -29,12 +31,23 @@ def write_bytes(path, content):
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+        sync_folder(path.parent)
     except OSError as error:
         with contextlib.suppress(OSError):  # the folder is what is wrong; the first error says so
             temporary.unlink(missing_ok=True)
         raise InputError(
             f"could not write {path} ({error.strerror}): free some space or choose another folder"
         ) from error
+
+
+def sync_folder(folder):
+    """Have the names in a folder on the disk, as a file's content is after os.fsync."""
+    if os.name == "posix":  # Windows has no descriptors of folders
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def check_writable(folder):
@@ -97,6 +110,7 @@ def fingerprint(module):
 def load_checkpoint(path):
     """Read a checkpoint onto the CPU. Raises InputError if it is missing, damaged or holds code."""
     try:
+        refuse_compressed(path)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"there is no checkpoint {path}: train one, or name another") from None
@@ -114,3 +128,11 @@ def load_checkpoint(path):
     if not isinstance(checkpoint, dict):
         raise InputError(f"{path} holds a {type(checkpoint).__name__}, not a checkpoint")
     return checkpoint
+
+
+def refuse_compressed(path):
+    """Raise ValueError for an archive that may unpack to more than it holds; torch.save does not
+    compress."""
+    with contextlib.suppress(zipfile.BadZipFile), zipfile.ZipFile(path) as archive:
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+            raise ValueError("compressed")
