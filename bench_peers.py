@@ -59,8 +59,8 @@ from vgg import VGGFeatures, load_vgg16
 HERE = Path(__file__).resolve().parent
 
 # --- What is timed ---
-TRAINERS = ("ours", "loop", "pythae", "lightning", "accelerate")
-JOBS = ("student", "teacher", "distillation")
+TRAINERS = ("ours", "loop", "pythae", "lightning", "accelerate")  # who take turns
+JOBS = ("student", "teacher", "distillation")  # what they are to do
 DATA = "dead-leaves"  # as in distill_tinyvae.py
 LIMIT = 12_800  # images, of which the teacher's job takes a quarter
 VGG = "random"  # random, imagenet, or a state dict's path: the time is the same
@@ -76,7 +76,8 @@ REPEATS = 3  # every trainer takes its turn in each
 OUTPUT_DIR = HERE / "outputs"  # folder of bench_peers.csv
 
 KINDS = {
-    "TRAINERS": several(one_of(*TRAINERS)), "JOBS": several(one_of(*JOBS)), "DATA": text(),
+    "TRAINERS": several(one_of("ours", "loop", "pythae", "lightning", "accelerate")),
+    "JOBS": several(one_of("student", "teacher", "distillation")), "DATA": text(),
     "LIMIT": whole(0, none=0), "VGG": text(), "BATCH_SIZE": whole(2),
     "PERCEPTUAL_IMAGES": whole(0, none=0), "DEVICE": one_of("auto", "cuda", "cpu", "mps"),
     "EPOCHS": whole(2), "REPEATS": whole(1), "OUTPUT_DIR": file_path(),

@@ -78,13 +78,15 @@ def load_training_images(source, limit=0):
     Args:
         source: `cifar10`, `photo-crops`, `dead-leaves`, or the path of a folder.
         limit: train on the first N images only (and hold out at most N); 0 takes all. Of the
-            sources that are made here, one image is held out for nine to train on.
+            sources that are made here, N are made, however many, and one is held out for nine to
+            train on, of 5,000 at most.
 
     Raises InputError where the images are missing, unreadable or cannot be downloaded.
     """
     if source in MADE:
-        count = made_count("train", limit)
-        train, val = MADE[source](count, "train"), MADE[source](max(2, count // 9), "val")
+        count = limit or MADE_IMAGES["train"]
+        held_out = min(max(2, count // 9), MADE_IMAGES["val"])
+        train, val = MADE[source](count, "train"), MADE[source](held_out, "val")
         labels = val_labels = None
     else:
         images, labels = load_split(source, "train")
@@ -97,12 +99,13 @@ def load_training_images(source, limit=0):
         held_out = order[:val_count][: limit or None]
         train, val = images[kept], images[held_out]
         labels, val_labels = (None if labels is None else labels[i] for i in (kept, held_out))
-    fingerprint = hashlib.sha256(train.numpy().tobytes() + val.numpy().tobytes()).hexdigest()[:16]
+    fingerprint = hashlib.sha256(train.numpy())
+    fingerprint.update(val.numpy())
     record = {
         "data": source,
         "train_images": len(train),
         "val_images": len(val),
-        "pixels_sha256": fingerprint,
+        "pixels_sha256": fingerprint.hexdigest()[:16],
     }
     return TrainingImages(train, val, record, labels, val_labels)
 
@@ -114,7 +117,8 @@ def load_test_images(source, limit=0):
     here alone, since figures on a part of a real test split compare with nothing.
     """
     if source in MADE:
-        return Split(MADE[source](made_count("test", limit), "test"), None)
+        count = MADE_IMAGES["test"]
+        return Split(MADE[source](min(limit or count, count), "test"), None)
     split = load_split(source, "test")
     if len(split.images) < 2:
         raise InputError(f"{source} has {len(split.images)} test image: at least 2 are needed")
@@ -261,10 +265,6 @@ def decode_images(paths, description):
 
 
 # --- Images made here ---
-
-
-def made_count(split, limit):
-    return min(limit or MADE_IMAGES[split], MADE_IMAGES[split])
 
 
 def photo_crops(count, split):

@@ -46,7 +46,7 @@ from settings import file_path, one_of, parse_settings, several, switch, whole
 from storage import load_checkpoint, write_bytes
 
 # --- What is broken, and how often ---
-SCRIPTS = ("distil", "evaluate", "export", "prune", "ablate", "stages")
+SCRIPTS = ("distil", "evaluate", "export", "prune", "ablate", "stages")  # keys of COMMANDS
 TRIES = 300  # faults in all, shared between the scripts, distil taking half
 SEED = 0  # of which faults and when
 PICTURES = False  # draw those of training; else files with a black pixel take their places
@@ -56,7 +56,8 @@ PATIENCE = 120  # seconds a run may take before it counts as hanging
 FOLDER = None  # for the runs, which stay; None: a temporary one
 
 KINDS = {
-    "SCRIPTS": several(one_of(*SCRIPTS)), "TRIES": whole(1), "SEED": whole(0, 2**32 - 1),
+    "SCRIPTS": several(one_of("distil", "evaluate", "export", "prune", "ablate", "stages")),
+    "TRIES": whole(1), "SEED": whole(0, 2**32 - 1),
     "PICTURES": switch(), "PATIENCE": whole(1), "FOLDER": file_path(none=None),
 }
 

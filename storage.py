@@ -96,7 +96,7 @@ def save_checkpoint(path, checkpoint):
     """Write tensors, numbers, strings, lists and dictionaries: what `weights_only=True` reads."""
     buffer = io.BytesIO()
     torch.save(checkpoint, buffer)
-    write_bytes(path, buffer.getvalue())
+    write_bytes(path, buffer.getbuffer())
 
 
 def fingerprint(module):

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 import ablate_distillation
 import bench_peers
+import bench_scaling
 import bench_training
 import comparison
 import data
@@ -630,3 +631,24 @@ def test_a_trainer_that_is_not_installed_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "lightning", None)
     with pytest.raises(InputError, match=r"lightning is needed here .*: pip install pythae"):
         bench_peers.main(["--trainers", "lightning", "--output-dir", str(tmp_path)])
+
+
+# --- bench_scaling.py ---
+
+
+def test_one_thing_is_changed_at_a_time(tmp_path, capsys):
+    flags = ("--images", "64,128", "--batch-sizes", "32,16", "--latents", "8", "--processes", "1",
+             "--epochs", "1", "--device", "cpu", "--output-dir", str(tmp_path))
+    bench_scaling.main(flags)
+    rows = read_csv(tmp_path / "bench_scaling.csv")
+    found = [[row[key] for key in ("changed", *bench_scaling.AXES)] for row in rows]
+    assert found == [["", "64", "32", "8", "1"], ["images", "128", "32", "8", "1"],
+                     ["batch_size", "64", "16", "8", "1"]]
+    for row in rows:
+        rate = 1000 * int(row["batch_size"]) / float(row["ms_per_step"])
+        assert float(row["images_per_second"]) == pytest.approx(rate)
+        assert 100 < float(row["peak_megabytes"]) < 10_000
+    assert (tmp_path / "bench_scaling.png").stat().st_size > 10_000
+    assert capsys.readouterr().out.count(" MB |") == 3
+    with pytest.raises(InputError, match="did not finish, for the reason above"):
+        bench_scaling.main([*flags, "--batch-sizes", "128"])

@@ -26,6 +26,7 @@ from testing import HERE, folders
 SCRIPTS = (
     "distill_tinyvae", "test_trained_model", "ablate_distillation", "bench_training", "bench_peers",
     "export_tinyvae", "prune_tinyvae", "search_architecture", "progressive_distillation",
+    "bench_scaling", "fault_campaign",
 )
 
 
