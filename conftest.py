@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 pytest.register_assert_rewrite("testing")
 
@@ -16,6 +17,16 @@ import report  # noqa: E402
 import runs  # noqa: E402
 from runtime import InputError  # noqa: E402
 from testing import TINY, folders, start  # noqa: E402
+
+# Of test_fuzz.py: how many cases of each test.
+settings.register_profile(
+    "short", max_examples=40, deadline=None, derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+settings.register_profile(
+    "long", settings.get_profile("short"), max_examples=1500, derandomize=False
+)
+settings.load_profile("short")
 
 # pytest runs two workers (pyproject.toml): one thread for each of them and of what they start.
 torch.set_num_threads(1)

@@ -100,8 +100,8 @@ def pruned_widths(student, ratio):
     raise InputError(f"no student is left with {ratio:g} of the parameters removed: lower --ratios")
 
 
-def prune(student, ratio):
-    """A TinyVAE32 without the given fraction of the parameters: whole channels of least weight.
+def prune(student, encoder_channels, decoder_channels):
+    """A TinyVAE32 of these channels: the student without whole channels of the least weight.
 
     What belongs to a channel is removed with it: filter, BatchNorm, and the weights that read it.
     The importance of a channel is the norm of all of these (Fang et al. 2023, DepGraph,
@@ -109,19 +109,18 @@ def prune(student, ratio):
 
     Args:
         student: a TinyVAE32; it is left as it is.
-        ratio: the fraction to remove, above 0 and below 1.
+        encoder_channels, decoder_channels: of the smaller one, none above the student's.
     """
     pruning = require("torch_pruning")
     vae = copy.deepcopy(student).cpu().eval().requires_grad_(True)
     vae.check_range = False
-    encoder_widths, decoder_widths = pruned_widths(vae, ratio)
     convolutions = [layer for layer in vae.encoder if isinstance(layer, nn.Conv2d)]
     doublings = [layer for layer in vae.decoder if isinstance(layer, nn.ConvTranspose2d)]
     cuts = [
         *((layer, pruning.prune_conv_out_channels, layer.out_channels, width)
-          for layer, width in zip(convolutions, encoder_widths)),
+          for layer, width in zip(convolutions, encoder_channels)),
         *((layer, pruning.prune_conv_in_channels, layer.in_channels, width)
-          for layer, width in zip(doublings, decoder_widths)),
+          for layer, width in zip(doublings, decoder_channels)),
     ]
     graph = pruning.DependencyGraph().build_dependency(vae, torch.rand(2, *IMAGE_SHAPE))
     importance = pruning.importance.GroupMagnitudeImportance()
@@ -132,7 +131,7 @@ def prune(student, ratio):
     for (layer, cut, *_), channels in zip(cuts, removed):
         if channels:
             graph.get_pruning_group(layer, cut, channels).prune()
-    small = TinyVAE32(student.latent_dim, encoder_widths, decoder_widths)
+    small = TinyVAE32(student.latent_dim, encoder_channels, decoder_channels)
     small.load_state_dict(vae.state_dict())
     return small.eval()
 
@@ -243,7 +242,7 @@ def prune_all(settings):
             raise InputError(f"--ratios takes fractions between 0 and 1, got {ratio:g}")
     student_path = find_student(settings.student, settings.checkpoint_dir)
     student, checkpoint = load_model(student_path, TinyVAE32)
-    students = {ratio: prune(student, ratio) for ratio in settings.ratios}
+    students = {ratio: prune(student, *pruned_widths(student, ratio)) for ratio in settings.ratios}
     record = checkpoint.get("record", {})
     comparison = Comparison(settings, "pruned", record.get("data"))
     comparison.refuse_judge_of(record)

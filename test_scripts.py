@@ -333,7 +333,7 @@ def test_channels_that_do_nothing_are_those_that_go():
                 normal.weight[idle] = normal.bias[idle] = normal.running_mean[idle] = 0
     images = random_images(4)
     before = vae.eval()(images)
-    small = prune_tinyvae.prune(vae, 0.6)
+    small = prune_tinyvae.prune(vae, *prune_tinyvae.pruned_widths(vae, 0.6))
     for found, expected in zip(small(images), before):
         torch.testing.assert_close(found, expected)
     assert models.count_parameters(small) <= 0.4 * models.count_parameters(vae)
@@ -344,7 +344,7 @@ def test_channels_that_do_nothing_are_those_that_go():
 def test_without_torch_pruning_its_installation_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch_pruning", None)  # as if it were not installed
     with pytest.raises(InputError, match=r"torch_pruning is needed.*-r requirements-deploy\.txt"):
-        prune_tinyvae.prune(TinyVAE32(), 0.5)
+        prune_tinyvae.prune(TinyVAE32(), (8, 8, 8, 8), (8, 8, 8, 8))
 
 
 def test_pruned_students_are_trained_once_and_every_script_loads_them(
