@@ -26,6 +26,7 @@ from testing import write_images
 from tiny_vae_32 import TinyVAE32
 from vae import VAE
 
+
 def ends_in_a_sentence(function, *arguments):
     """Call it. It may succeed, or raise an InputError of one line; anything else is a failure."""
     try:

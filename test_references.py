@@ -1,0 +1,173 @@
+"""Our own arithmetic against independent implementations: scikit-image, scikit-learn, SciPy,
+torch.distributions, finite differences. On random data, several seeds."""
+
+import numpy as np
+import pytest
+import scipy.linalg
+import scipy.optimize
+import torch
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+from sklearn.decomposition import PCA
+from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import KNeighborsClassifier
+from torch.distributions import Bernoulli, Normal, kl_divergence
+
+import losses
+import metrics
+from testing import random_images, random_normal
+
+seeds = pytest.mark.parametrize("seed", range(5))
+
+
+def smooth_images(count, seed):
+    """Images whose neighbouring pixels are alike, and noisier copies of them."""
+    coarse = random_images(count, seed)[:, :, ::4, ::4]
+    images = torch.nn.functional.interpolate(coarse, size=32, mode="bicubic").clamp(0, 1)
+    noise = 0.1 * random_normal(*images.shape, seed=seed)
+    return images, (images + noise).clamp(0, 1)
+
+
+def clusters(seed, count=400, dimensions=12, classes=2):
+    """Codes of overlapping classes, and their labels."""
+    generator = np.random.default_rng(seed)
+    labels = generator.integers(0, classes, count)
+    centres = np.random.default_rng(99).normal(size=(classes, dimensions))
+    codes = centres[labels] + 1.5 * generator.normal(size=(count, dimensions))
+    return torch.tensor(codes, dtype=torch.float32), torch.tensor(labels)
+
+
+# --- Metrics ---
+
+
+@seeds
+def test_ssim_and_psnr_are_those_of_scikit_image(seed):
+    images, others = smooth_images(4, seed)
+    found = metrics.ssim(images, others)
+    errors = (images - others).square().mean((1, 2, 3))
+    for i, (a, b) in enumerate(zip(images.double().numpy(), others.double().numpy())):
+        expected = structural_similarity(
+            a, b, gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=1,
+            channel_axis=0,
+        )
+        assert found[i].item() == pytest.approx(expected, abs=1e-5)
+        expected = peak_signal_noise_ratio(a, b, data_range=1)
+        assert metrics.psnr(errors)[i].item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("seed", [0])  # eigenvectors of 3,072 pixels take seconds
+def test_pca_is_that_of_scikit_learn(seed):
+    images = (255 * smooth_images(300, seed)[1]).to(torch.uint8)
+    ours = metrics.fit_pca(images, 20)
+    pixels = images.flatten(1).double().numpy() / 255
+    theirs = PCA(20, svd_solver="full").fit(pixels)
+    population = theirs.explained_variance_ * (len(images) - 1) / len(images)
+    np.testing.assert_allclose(ours.variances[:20], population, rtol=1e-3)
+    found = ours.reconstruct(images.float() / 255).flatten(1)
+    expected = theirs.inverse_transform(theirs.transform(pixels)).clip(0, 1)
+    np.testing.assert_allclose(found, expected, atol=2e-4)
+
+
+@seeds
+@pytest.mark.parametrize("neighbours", [1, 3, 5])
+def test_nearest_neighbours_are_those_of_scikit_learn(seed, neighbours):
+    train, test = clusters(seed), clusters(seed + 100)
+    theirs = KNeighborsClassifier(neighbours).fit(*train)  # two classes, odd votes: no ties
+    found = metrics.nearest_neighbour_accuracy(*train, *test, neighbours)
+    assert found == pytest.approx(theirs.score(*test))
+
+
+@seeds
+def test_the_linear_probe_is_scikit_learns_logistic_regression(seed):
+    train, test = clusters(seed, classes=5), clusters(seed + 100, classes=5)
+    mean, std = train[0].mean(0), train[0].std(0)
+    theirs = LogisticRegression(C=1 / (2e-4 * len(train[0])), max_iter=2000, tol=1e-8)
+    theirs.fit((train[0] - mean) / std, train[1])
+    expected = theirs.score((test[0] - mean) / std, test[1])
+    found = metrics.linear_probe_accuracy(*train, *test)
+    assert found == pytest.approx(expected, abs=1.5 / len(test[0]))  # one image on the border
+
+
+@seeds
+def test_cka_is_the_hilbert_schmidt_criterion_of_the_textbook(seed):
+    """HSIC(K, L) = tr(K H L H) with Gram matrices of images (Gretton et al. 2005)."""
+    x, y = random_normal(40, 7, seed=seed).double(), random_normal(40, 5, seed=seed + 50).double()
+    y[:, :3] += x[:, :3]
+    centring = torch.eye(40).double() - 1 / 40
+
+    def hsic(a, b):
+        return torch.trace(a @ a.T @ centring @ b @ b.T @ centring)
+
+    expected = hsic(x, y) / (hsic(x, x) * hsic(y, y)).sqrt()
+    assert metrics.linear_cka(x, y) == pytest.approx(expected.item(), rel=1e-9)
+    assert 0.05 < expected < 0.95
+
+
+@seeds
+def test_the_gaussian_bound_is_where_water_fills_to(seed):
+    """The Lagrangian's optimum, found by SciPy over distortions of each component."""
+    generator = np.random.default_rng(seed)
+    variances = np.sort(generator.exponential(size=6))[::-1].copy()
+    distortion = 0.3 * variances.sum() / 6
+    spare = distortion * 6 - variances[4:].sum()
+    if spare <= 0:
+        spare = 0.5 * variances[:4].sum()
+        distortion = (spare + variances[4:].sum()) / 6
+    found = scipy.optimize.minimize(
+        lambda d: -0.5 * np.log(d / variances[:4]).sum(), np.full(4, spare / 4) * 0.5,
+        bounds=[(1e-9, v) for v in variances[:4]],
+        constraints={"type": "eq", "fun": lambda d: d.sum() - spare}, method="SLSQP",
+        options={"ftol": 1e-12, "maxiter": 500},
+    )
+    ((_, rate),) = metrics.gaussian_bound(torch.tensor(variances), 4, [distortion])
+    assert rate == pytest.approx(found.fun, rel=1e-4)
+
+
+# --- Losses ---
+
+
+@seeds
+def test_kl_is_that_of_torch_distributions(seed):
+    mu, logvar = random_normal(8, 64, seed=seed), random_normal(8, 64, seed=seed + 50)
+    expected = kl_divergence(Normal(mu, (logvar / 2).exp()), Normal(0.0, 1.0)).sum(1)
+    torch.testing.assert_close(losses.kl_divergence(mu, logvar).sum(-1), expected)
+    torch.testing.assert_close(losses.kl_loss(mu, logvar), expected.mean() / 3072)
+
+
+@seeds
+def test_latent_and_output_terms_are_divergences_of_torch_distributions(seed):
+    mu, target = random_normal(8, 64, seed=seed), random_normal(8, 64, seed=seed + 50)
+    sigma = torch.tensor(0.1).sqrt()
+    expected = kl_divergence(Normal(mu, sigma), Normal(target, sigma)).sum(1).mean() / 3072
+    torch.testing.assert_close(losses.latent_distillation_loss(mu, target, 0.1), expected)
+    logits, teacher = (4 * random_normal(8, 3, 32, 32, seed=s) for s in (seed, seed + 50))
+    softened = Bernoulli(logits=teacher / 3), Bernoulli(logits=logits / 3)
+    expected = 0.5 * 9 * kl_divergence(*softened).mean()
+    found = losses.output_distillation_loss(logits, teacher, 3)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+@seeds
+def test_gradients_are_those_of_finite_differences(seed):
+    def of(*shape, offset=0):
+        return random_normal(*shape, seed=seed + offset).double().requires_grad_()
+
+    mu, logvar, target = of(3, 5), of(3, 5, offset=50), of(3, 5, offset=100).detach()
+    check = torch.autograd.gradcheck
+    assert check(losses.kl_loss, (mu, logvar))
+    assert check(lambda x: losses.latent_distillation_loss(x, target, 0.1), (mu,))
+    # In single precision inside.
+    term = lambda x: losses.output_distillation_loss(x, target, 3.0)  # noqa: E731
+    assert check(term, (mu,), eps=1e-2, atol=1e-3, rtol=1e-2)
+    assert check(lambda x: losses.reconstruction_loss(torch.sigmoid(x), target), (mu,))
+
+
+@seeds
+def test_the_projection_returns_to_scipys_polar_factor(seed):
+    projection = losses.LatentProjection(random_normal(200, 24, seed=seed), 6, components=12)
+    start = projection.rotation.weight.detach().clone()
+    moved = start + 0.01 * random_normal(6, 12, seed=seed)
+    with torch.no_grad():
+        projection.rotation.weight.copy_(moved)
+    projection.retract()
+    factor, _ = scipy.linalg.polar(moved.double().numpy(), side="left")
+    np.testing.assert_allclose(projection.rotation.weight.detach(), factor, atol=1e-5)
