@@ -113,6 +113,7 @@ CHANNELS_LAST = "channels last"
 FUSED = "fused Adam"
 LOW_PRECISION = "16-bit"
 READ_RARELY = "loss read rarely"
+COMPILED = "torch.compile"  # which we do not
 GRAPH = "CUDA graph"
 
 
@@ -241,6 +242,9 @@ def straightforward(bench, stage, tricks=()):
         }
         return sum(WEIGHTS[name] * SCALES.get(name, 1) * term for name, term in terms.items())
 
+    if COMPILED in tricks:
+        student_loss = torch.compile(student_loss)
+
     def step():
         # TF32 as PyTorch has it by default; our fp32 goes without.
         with torch.backends.cudnn.flags(
@@ -283,7 +287,25 @@ def make_variants(bench):
     for trick in tricks:
         others = [other for other in tricks if other != trick]
         variants["student", f"all but: {trick}"] = straightforward(bench, "student", others)
+    compiled = straightforward(bench, "student", [*tricks, COMPILED])
+    start = time.perf_counter()
+    if works_compiled(compiled):
+        print(f"torch.compile of a student's step: {time.perf_counter() - start:.0f} s")
+        variants["student", f"all of these, {COMPILED}"] = compiled
     return variants
+
+
+def works_compiled(function, *args):
+    """Whether what torch.compile has made runs here; prints why not."""
+    try:
+        function(*args)
+    except Exception as error:  # no compiler, no Triton, each in its own way
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        print(f"torch.compile does not work here: {reason}")
+        return False
+    return True
 
 
 # --- Ours ---
@@ -417,6 +439,47 @@ def measure_peaks(device, precision):
     return macs, 2 * source.numel() * 4 / best_of(lambda: target.copy_(source), device)
 
 
+# --- Where the time goes ---
+
+KERNELS = {  # part of an operation's name → the row it counts in; the first that fits
+    "convolution_backward": "convolutions, backward", "conv": "convolutions, forward",
+    "batch_norm": "BatchNorm, both ways", "silu": "SiLU, both ways", "mm": "matrix products",
+    "pool": "VGG16's pooling and ReLU", "relu": "VGG16's pooling and ReLU",
+    "threshold": "VGG16's pooling and ReLU", "dam": "Adam", "": "all else",
+}
+
+
+def time_operations(bench, stage, steps=10):
+    """Milliseconds a step that each kind of operation takes, most first, by PyTorch's profiler."""
+    step = straightforward(bench, stage, tricks_of(bench.device, bench.precision))
+    for _ in range(3):
+        step()
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    is_cuda = bench.device.type == "cuda"
+    activities += [torch.profiler.ProfilerActivity.CUDA] if is_cuda else []
+    with torch.profiler.profile(activities=activities) as profile:
+        for _ in range(steps):
+            step()
+        synchronize(bench.device)
+    found = dict.fromkeys(KERNELS.values(), 0.0)
+    for event in profile.key_averages():
+        kind = next(kind for part, kind in KERNELS.items() if part in event.key)
+        microseconds = event.self_device_time_total if is_cuda else event.self_cpu_time_total
+        found[kind] += microseconds / 1000 / steps
+    return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+
+def print_operations(bench):
+    found = {stage: time_operations(bench, stage) for stage in ("teacher", "student")}
+    print()
+    print_table([
+        {"ms a step, all of our changes": kind}
+        | {stage: f"{times[kind]:.2f}" for stage, times in found.items()}
+        | {"of the student's": f"{times[kind] / sum(times.values()):.0%}"}
+        for times in [found["student"]] for kind in times
+    ])
+
+
 # --- Inference ---
 
 
@@ -433,17 +496,12 @@ def time_inference(bench):
             images = torch.rand(batch, 3, 32, 32, device=bench.device)
             row = {"inference, fp32": name, "batch": batch}
             for kind, model in (("eager", vae), ("compiled", compiled)):
-                try:
-                    seconds = seconds_per_batch(model, images, repeats=20)
-                except Exception as error:  # no compiler, no Triton, each in its own way
-                    if kind == "eager" or isinstance(error, torch.OutOfMemoryError):
-                        raise
-                    reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-                    print(f"torch.compile does not work here: {reason}")
+                if kind == "compiled" and not works_compiled(compiled.encode, images):
                     row |= {"compiled, ms/image": "–", "compiled, images/s": "–"}
-                else:
-                    row[f"{kind}, ms/image"] = f"{1000 * seconds / batch:.3f}"
-                    row[f"{kind}, images/s"] = f"{batch / seconds:,.0f}"
+                    continue
+                seconds = seconds_per_batch(model, images, repeats=20)
+                row[f"{kind}, ms/image"] = f"{1000 * seconds / batch:.3f}"
+                row[f"{kind}, images/s"] = f"{batch / seconds:,.0f}"
             rows.append(row)
     return rows
 
@@ -578,6 +636,7 @@ def bench_training(settings):
     draw_bars(png_path, rows, f"A training step of {batch} on {describe_device(bench.device)}")
     after = measure_peaks(bench.device, bench.precision)
     print_floor(bench, rows, [max(pair) for pair in zip(before, after)])
+    print_operations(bench)
     if settings.inference:
         print()
         print_table(time_inference(bench))

@@ -577,6 +577,21 @@ def test_the_bench_prints_and_draws_what_it_measures(
     assert (tmp_path / "bench_training.png").stat().st_size > 5_000
 
 
+def test_the_bench_says_where_the_time_goes_and_whether_it_can_compile(bench, capsys):
+    found = bench_training.time_operations(bench, "student", steps=2)
+    assert set(found) == set(bench_training.KERNELS.values())
+    assert list(found.values()) == sorted(found.values(), reverse=True)
+    convolutions = found["convolutions, forward"] + found["convolutions, backward"]
+    assert convolutions > 0.3 * sum(found.values())
+
+    def fails():
+        raise RuntimeError("no compiler\nhere")
+
+    assert bench_training.works_compiled(lambda: None)
+    assert not bench_training.works_compiled(fails)
+    assert "does not work here: RuntimeError: no compiler here\n" in capsys.readouterr().out
+
+
 # --- CUDA ---
 
 
