@@ -34,6 +34,7 @@ from pathlib import Path
 
 import torch
 
+from comparison import as_flags
 from data import load_training_images, to_float
 from losses import (
     kl_loss,
@@ -44,7 +45,6 @@ from losses import (
 from runtime import (
     InputError,
     describe_device,
-    pick_device,
     print_table,
     progress_bar,
     require,
@@ -66,7 +66,6 @@ LIMIT = 12_800  # images, of which the teacher's job takes a quarter
 VGG = "random"  # random, imagenet, or a state dict's path: the time is the same
 BATCH_SIZE = 64  # images per step
 PERCEPTUAL_IMAGES = 8  # images of each batch that VGG16 sees, whoever trains
-DEVICE = "auto"  # auto (cuda, then mps, then cpu), cuda, cpu or mps
 
 # --- How long ---
 EPOCHS = 2  # of each run; steps are timed from the second on
@@ -79,7 +78,7 @@ KINDS = {
     "TRAINERS": several(one_of("ours", "loop", "pythae", "lightning", "accelerate")),
     "JOBS": several(one_of("student", "teacher", "distillation")), "DATA": text(),
     "LIMIT": whole(0, none=0), "VGG": text(), "BATCH_SIZE": whole(2),
-    "PERCEPTUAL_IMAGES": whole(0, none=0), "DEVICE": one_of("auto", "cuda", "cpu", "mps"),
+    "PERCEPTUAL_IMAGES": whole(0, none=0),
     "EPOCHS": whole(2), "REPEATS": whole(1), "OUTPUT_DIR": file_path(),
 }
 
@@ -87,10 +86,11 @@ COLUMNS = (
     "job", "trainer", "version", "repeat", "steps", "device",
     "step_images_per_second", "images_per_second", "start_seconds", "peak_megabytes",
 )
-KL_WEIGHT, LATENT_VARIANCE, LEARNING_RATE = 0.1316, 0.1, 1e-3
-WEIGHTS = {
-    "reconstruction": 0.3, "kl": 0.1 * 0.4, "latent": 0.3, "output": 0.2, "perceptual": 0.1 * 4,
-}
+CPU = torch.device("cpu")
+KL_WEIGHT, LATENT_VARIANCE, LEARNING_RATE = 0.13, 0.1, 1e-3
+# Of the five terms, and what distill_tinyvae.py multiplies two of them by.
+WEIGHTS = {"reconstruction": 0.3, "kl": 0.1, "latent": 0.3, "output": 0.2, "perceptual": 0.1}
+SCALES = {"kl": 0.4, "perceptual": 4.0}
 INSTALL = "pip install pythae lightning accelerate"
 
 
@@ -107,14 +107,14 @@ class Clock:
         self.times.append(time.time())
 
 
-def make_model(job, device):
+def make_model(job):
     torch.manual_seed(0)
-    model = (StandardVAE() if job == "teacher" else TinyVAE32()).to(device)
-    model.check_range = False  # a safeguard of ours, which makes a GPU wait
+    model = StandardVAE() if job == "teacher" else TinyVAE32()
+    model.check_range = False  # a safeguard of ours, which training leaves out
     return model
 
 
-def make_loss(job, model, run, device):
+def make_loss(job, model, run):
     """The loss of a batch of float images, as a function."""
 
     def plain_loss(images):
@@ -124,10 +124,10 @@ def make_loss(job, model, run, device):
 
     if job != "distillation":
         return plain_loss
-    teacher = StandardVAE().to(device).eval().requires_grad_(False)
+    teacher = StandardVAE().eval().requires_grad_(False)
     teacher.check_range = False
-    model.projection = torch.nn.Linear(teacher.latent_dim, model.latent_dim).to(device)
-    vgg = VGGFeatures(load_vgg16(run["vgg"])[0]).to(device)
+    model.projection = torch.nn.Linear(teacher.latent_dim, model.latent_dim)
+    vgg = VGGFeatures(load_vgg16(run["vgg"])[0])
     seen = run["perceptual_images"] or None
 
     def distillation_loss(images):
@@ -144,7 +144,7 @@ def make_loss(job, model, run, device):
             "output": reconstruction_loss(of_mean, target),
             "perceptual": perceptual_loss(vgg, of_mean[:seen], images[:seen]),
         }
-        return sum(WEIGHTS[name] * term for name, term in terms.items())
+        return sum(WEIGHTS[name] * SCALES.get(name, 1) * term for name, term in terms.items())
 
     return distillation_loss
 
@@ -161,10 +161,11 @@ def make_optimizer(parameters, steps):
     return optimizer, torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, steps)
 
 
-def train_ours(run, images, device, clock):
-    import training  # and not at the top: what the others' processes load is timed
+def train_ours(run, images, clock):
+    import runs  # here, and not at the top: what the others' processes load is timed
+    import training
 
-    log, validate = training.Stage.log, training.Stage.validate
+    log = training.Stage.log
     stage_of_job = "teacher" if run["job"] == "teacher" else "student"
 
     def log_and_time(stage, *args):
@@ -172,38 +173,44 @@ def train_ours(run, images, device, clock):
         if stage.name == stage_of_job:
             clock.step()
 
-    def validate_and_time(stage):
-        validate(stage)  # the last of an epoch
-        if stage.name == stage_of_job:
+    def saved(function):
+        """The function, and then the time: the last thing that an epoch does."""
+
+        def save_and_time(*args):
+            function(*args)
             run["end"] = time.time()
 
-    training.Stage.log, training.Stage.validate = log_and_time, validate_and_time
+        return save_and_time
+
+    training.Stage.log = log_and_time
+    save = "save_teacher" if run["job"] == "teacher" else "save_student"
+    setattr(runs, save, saved(getattr(runs, save)))
     flags = {
-        "data": run["data"], "limit": run["limit"], "batch_size": run["batch_size"],
-        "epochs": run["epochs"], "optimizer": "adam", "precision": "fp32", "device": run["device"],
-        "start": "none", "rate": "none", "save_every": 1_000_000,
-        "checkpoint_dir": run["folder"], "output_dir": run["folder"],
+        "latent_dim": TinyVAE32().latent_dim, "data": run["data"], "limit": run["limit"],
+        "batch_size": run["batch_size"], "epochs": run["epochs"], "optimizer": "adam",
+        "output_loss": "squared", "output_target": "teacher", "latent_variance": LATENT_VARIANCE,
+        "kl_scale": SCALES["kl"], "perceptual_scale": SCALES["perceptual"],
+        "perceptual_start": 0, "perceptual_images": run["perceptual_images"],
+        "precision": "fp32", "device": "cpu", "start": "none", "rate": "none", "resume": False,
+        "save_every": 1_000_000, "checkpoint_dir": run["folder"], "output_dir": run["folder"],
     }
-    weights = {f"{name}_weight": 0 for name in WEIGHTS} | {"reconstruction_weight": 1}
-    flags |= weights | {"kl_weight": KL_WEIGHT / 0.4, "kl_scale": 0.4, "vgg": "none"}
+    weights = dict.fromkeys(WEIGHTS, 0) | {"reconstruction": 1, "kl": KL_WEIGHT / SCALES["kl"]}
     if run["job"] == "student":
-        flags["teacher"] = "none"
+        flags |= {"teacher": "none", "vgg": "none"}
     elif run["job"] == "teacher":
-        flags |= {"teacher": "train", "teacher_epochs": run["epochs"], "epochs": 1}
-        flags |= {"output_weight": 1}  # stage 1 is for a student that needs a teacher
+        flags |= {"teacher": "train", "teacher_epochs": run["epochs"], "epochs": 1, "vgg": "none"}
+        weights["output"] = 1  # stage 1 is for a student that needs a teacher
     else:
-        names = ("reconstruction", "kl", "latent", "output", "perceptual")
-        flags |= dict(zip((f"{name}_weight" for name in names), (0.3, 0.1, 0.3, 0.2, 0.1)))
-        flags |= {"teacher": run["teacher"], "vgg": run["vgg"], "perceptual_start": 0}
-        flags |= {"perceptual_images": run["perceptual_images"]}
-    words = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
-    sys.argv = ["distill_tinyvae.py", *words, "--no-resume"]
+        flags |= {"teacher": run["teacher"], "vgg": run["vgg"]}
+        weights = WEIGHTS
+    flags |= {f"{name}_weight": weight for name, weight in weights.items()}
+    sys.argv = ["distill_tinyvae.py", *as_flags(flags)]
     runpy.run_path(str(HERE / "distill_tinyvae.py"), run_name="__main__")
 
 
-def train_loop(run, images, device, clock, accelerator=None):
-    model = make_model(run["job"], device)
-    loss_of = make_loss(run["job"], model, run, device)
+def train_loop(run, images, clock, accelerator=None):
+    model = make_model(run["job"])
+    loss_of = make_loss(run["job"], model, run)
     loader = make_loader(images, run)
     steps = run["epochs"] * len(loader)
     optimizer, scheduler = make_optimizer(model.parameters(), steps)
@@ -216,7 +223,7 @@ def train_loop(run, images, device, clock, accelerator=None):
             model.train()
             for (batch,) in loader:
                 optimizer.zero_grad()
-                loss = loss_of(batch.to(device))
+                loss = loss_of(batch)
                 if accelerator:
                     accelerator.backward(loss)
                 else:
@@ -229,21 +236,21 @@ def train_loop(run, images, device, clock, accelerator=None):
     torch.save(model.state_dict(), Path(run["folder"]) / "model.pt")
 
 
-def train_accelerate(run, images, device, clock):
+def train_accelerate(run, images, clock):
     from accelerate import Accelerator
 
-    accelerator = Accelerator(cpu=device.type == "cpu")
-    train_loop(run, images, accelerator.device, clock, accelerator)
+    accelerator = Accelerator(cpu=True)
+    train_loop(run, images, clock, accelerator)
 
 
-def train_lightning(run, images, device, clock):
+def train_lightning(run, images, clock):
     import lightning
 
     class Module(lightning.LightningModule):
         def __init__(self):
             super().__init__()
-            self.model = make_model(run["job"], device)
-            self.loss_of = make_loss(run["job"], self.model, run, device)
+            self.model = make_model(run["job"])
+            self.loss_of = make_loss(run["job"], self.model, run)
 
         def training_step(self, batch, _):
             loss = self.loss_of(batch[0])
@@ -260,14 +267,14 @@ def train_lightning(run, images, device, clock):
 
     trainer = lightning.Trainer(
         max_epochs=run["epochs"],
-        accelerator=device.type,
+        accelerator="cpu",
         devices=1,
         default_root_dir=run["folder"],
     )
     trainer.fit(Module(), make_loader(images, run))
 
 
-def train_pythae(run, images, device, clock):
+def train_pythae(run, images, clock):
     from pythae.data.datasets import BaseDataset
     from pythae.models import VAE, VAEConfig
     from pythae.models.base.base_utils import ModelOutput
@@ -275,7 +282,7 @@ def train_pythae(run, images, device, clock):
     from pythae.trainers import BaseTrainer, BaseTrainerConfig
     from pythae.trainers.training_callbacks import TrainingCallback
 
-    ours = make_model(run["job"], "cpu")
+    ours = make_model(run["job"])
 
     class Encoder(BaseEncoder):
         def __init__(self):
@@ -311,7 +318,7 @@ def train_pythae(run, images, device, clock):
     config = BaseTrainerConfig(
         output_dir=run["folder"], num_epochs=run["epochs"], learning_rate=LEARNING_RATE,
         per_device_train_batch_size=run["batch_size"], optimizer_cls="Adam",
-        no_cuda=device.type == "cpu",
+        no_cuda=True,
     )
     dataset = BaseDataset(images, torch.zeros(len(images)))
     BaseTrainer(model, dataset, training_config=config, callbacks=[Steps()]).train()
@@ -319,17 +326,16 @@ def train_pythae(run, images, device, clock):
 
 def run_one(run):
     """Train in this process, and print what was measured as a line of JSON."""
-    clock, device = Clock(), torch.device(run["device"])
-    images = None
+    import resource  # which Windows does not have
+
+    clock, images = Clock(), None
     if run["trainer"] != "ours":  # which loads its own
         images = to_float(load_training_images(run["data"], run["limit"]).train)
-    globals()[f"train_{run['trainer']}"](run, images, device, clock)
+    globals()[f"train_{run['trainer']}"](run, images, clock)
     end = run.get("end", time.time())
     times = clock.times
     first_epoch = len(times) // run["epochs"]
     steps = [b - a for a, b in zip(times[first_epoch:], times[first_epoch + 1 :])]
-    import resource  # which Windows does not have
-
     kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     if sys.platform == "darwin":
         kilobytes /= 1024
@@ -404,12 +410,12 @@ def bench_peers(settings):
     for trainer in s.trainers:
         if trainer not in ("ours", "loop"):
             require(trainer, INSTALL)
-    if "teacher" in s.jobs and s.limit and s.limit // 4 < 2 * s.batch_size:
-        raise InputError(f"{s.limit // 4} images of the teacher's job are too few: raise --limit")
-    if s.vgg == "none":
+    fewest = s.limit // 4 if "teacher" in s.jobs else s.limit
+    if s.limit and fewest < 2 * s.batch_size:
+        raise InputError(f"{fewest} images do not fill two batches of a job: raise --limit")
+    if s.vgg == "none" and "distillation" in s.jobs:
         raise InputError("--vgg none leaves out what is to be timed: use --vgg random")
-    device = pick_device(s.device)
-    described = describe_device(device)
+    described = describe_device(CPU)
     versions = {trainer: version_of(trainer) for trainer in s.trainers}
     print(
         f"trainers    {', '.join(f'{name} ({version})' for name, version in versions.items())}\n"
@@ -422,6 +428,8 @@ def bench_peers(settings):
         (job, trainer) for _ in range(s.repeats) for job in s.jobs for trainer in s.trainers
         if (job, trainer) != ("distillation", "pythae")
     ]
+    if not runs:
+        raise InputError("pythae does not distil: name another of --trainers or --jobs")
     rows, path = [], s.output_dir / "bench_peers.csv"
     with tempfile.TemporaryDirectory() as folder:
         teacher = Path(folder) / "teacher.pth"
@@ -433,7 +441,7 @@ def bench_peers(settings):
                 "job": job, "trainer": trainer, "data": s.data, "vgg": s.vgg,
                 "limit": s.limit // 4 if job == "teacher" else s.limit, "epochs": s.epochs,
                 "batch_size": s.batch_size, "perceptual_images": s.perceptual_images,
-                "device": device.type, "teacher": str(teacher),
+                "teacher": str(teacher),
             })
             repeat = sum((row["job"], row["trainer"]) == (job, trainer) for row in rows)
             names = {"job": job, "trainer": trainer, "version": versions[trainer]}

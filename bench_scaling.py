@@ -16,6 +16,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import torch
 from matplotlib.figure import Figure
 
 from comparison import as_flags
@@ -48,7 +49,10 @@ KINDS = {
 }
 
 AXES = ("images", "batch_size", "latents", "processes")
-COLUMNS = (*AXES, "changed", "ms_per_step", "images_per_second", "epoch_seconds", "peak_megabytes")
+COLUMNS = (
+    *AXES, "threads", "changed", "ms_per_step", "images_per_second", "epoch_seconds",
+    "peak_megabytes",
+)
 
 
 def variants(settings):
@@ -77,7 +81,10 @@ def measure(settings, values):
     with tempfile.TemporaryDirectory() as folder, Path(folder, "log.txt").open("w") as log:
         folders = ["--checkpoint-dir", folder, "--output-dir", folder]
         command = [*launcher, HERE / "distill_tinyvae.py", *flags, *folders]
-        process = subprocess.Popen(command, stdout=log)
+        # The same cores for all: torchrun would give each process one thread.
+        threads = max(1, torch.get_num_threads() // values["processes"])
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+        process = subprocess.Popen(command, stdout=log, env=environment)
         _, status, used = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode:
@@ -86,6 +93,7 @@ def measure(settings, values):
             last = list(csv.DictReader(file))[-1]
     kilobytes = used.ru_maxrss / (1024 if sys.platform == "darwin" else 1)
     return values | {
+        "threads": threads,
         "ms_per_step": float(last["ms_per_step"]),
         "images_per_second": 1000 * values["batch_size"] / float(last["ms_per_step"]),
         "epoch_seconds": float(last["seconds"]),
@@ -144,6 +152,7 @@ def bench_scaling(settings):
             "batch": f"{row['batch_size']:,}",
             "latents": row["latents"],
             "processes": row["processes"],
+            "threads each": row["threads"],
             "ms a step": f"{row['ms_per_step']:.1f}",
             "images/s": f"{row['images_per_second']:,.0f}",
             "an epoch": f"{row['epoch_seconds']:.1f} s",

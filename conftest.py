@@ -2,31 +2,31 @@
 
 import contextlib
 import os
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
 
 pytest.register_assert_rewrite("testing")
 
 import comparison  # noqa: E402
-import distill_tinyvae  # noqa: E402
+import fault_campaign  # noqa: E402
 import report  # noqa: E402
 import runs  # noqa: E402
-from runtime import InputError  # noqa: E402
 from testing import TINY, folders, start  # noqa: E402
 
-# Of test_fuzz.py: how many cases of each test.
-settings.register_profile(
-    "short", max_examples=40, deadline=None, derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
-settings.register_profile(
-    "long", settings.get_profile("short"), max_examples=1500, derandomize=False
-)
-settings.load_profile("short")
+with contextlib.suppress(ImportError):  # of requirements-deploy.txt
+    from hypothesis import HealthCheck, settings
+
+    # Of test_fuzz.py: how many cases of each test.
+    settings.register_profile(
+        "short", max_examples=40, deadline=None, derandomize=True,
+        suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+    )
+    settings.register_profile(
+        "long", settings.get_profile("short"), max_examples=1500, derandomize=False
+    )
+    settings.load_profile("short")
 
 # pytest runs two workers (pyproject.toml): one thread for each of them and of what they start.
 torch.set_num_threads(1)
@@ -59,13 +59,8 @@ def in_this_process(monkeypatch, without_pictures):
     def run(command, stdout, is_to_stop):
         flags = [str(word) for word in command[2:]]
         called.append(Path(flags[flags.index("--checkpoint-dir") + 1]).name)
-        try:
-            with contextlib.redirect_stdout(stdout):
-                distill_tinyvae.main(flags)
-        except InputError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 1
-        return 0
+        with contextlib.redirect_stdout(stdout):
+            return fault_campaign.in_this_process(command, stdout, is_to_stop)
 
     monkeypatch.setattr(comparison, "run_process", run)
     return called

@@ -43,16 +43,18 @@ class StepGraph:
         gc.collect()  # an earlier stage's graph must not be freed in the middle of this one
         graph = torch.cuda.CUDAGraph()
         generator = torch.cuda.default_generators[torch.cuda.current_device()]
-        random_state = generator.clone_state()
+        random_state, stream = generator.clone_state(), torch.cuda.current_stream()
         try:
             # Other threads, such as tqdm's, may do as they like.
             with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
                 self.step()
         except RuntimeError as error:
             cause = error.__context__ or error  # ending a capture that failed fails in its turn
-            if isinstance(cause, torch.OutOfMemoryError):
+            if isinstance(cause, torch.OutOfMemoryError) or not isinstance(cause, Exception):
                 raise cause from None
-            generator.graphsafe_set_state(random_state)  # the other one is still being captured
-            self.on_failure(str(cause).splitlines()[0])
+            # What the capture has left behind: its stream, and a generator in capture.
+            torch.cuda.set_stream(stream)
+            generator.graphsafe_set_state(random_state)
+            self.on_failure((str(cause) or type(cause).__name__).splitlines()[0])
         else:
             self.graph = graph

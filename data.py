@@ -29,6 +29,7 @@ from storage import load_checkpoint, save_checkpoint
 
 DATA_DIR = Path(__file__).resolve().parent / "data"  # downloads and decoded folders
 IMAGE_SIZE = 32  # pixels a side
+READING = "turned as the camera says; 8 bits a channel"  # how images are read: see read_image
 TOO_DEEP = ("I", "F")  # PIL's modes of more than 8 bits, I;16 and its like among them, start so
 SPLIT_SEED = 0  # which images are held out: the same in every run
 
@@ -77,9 +78,9 @@ def load_training_images(source, limit=0):
 
     Args:
         source: `cifar10`, `photo-crops`, `dead-leaves`, or the path of a folder.
-        limit: train on the first N images only (and hold out at most N); 0 takes all. Of the
-            sources that are made here, N are made, however many, and one is held out for nine to
-            train on, of 5,000 at most.
+        limit: train on the first N images only (and hold out at most N); 0 takes all. The sources
+            that are made here make N, more than 45,000 if asked to, and hold out a ninth of that
+            beside them, 5,000 at most.
 
     Raises InputError where the images are missing, unreadable or cannot be downloaded.
     """
@@ -170,7 +171,8 @@ def load_folder(root, split):
     folder = root / split
     paths = list_images(folder)
     labels = class_labels([path.relative_to(folder) for path in paths], root / "train")
-    contents = hashlib.sha256()  # changes when an image is added, removed or rewritten
+    # Changes when an image is added, removed or rewritten, or is read in another way.
+    contents = hashlib.sha256(READING.encode())
     for path in paths:
         stat = path.stat()
         contents.update(f"{path.relative_to(folder)} {stat.st_size} {stat.st_mtime_ns}\n".encode())
@@ -238,7 +240,7 @@ def read_image(path):
     try:
         with Image.open(path) as image:
             if image.mode.startswith(TOO_DEEP):  # as RGB, nearly all of it would be white
-                raise ValueError(f"more than 8 bits a pixel: PIL's mode {image.mode}")
+                raise ValueError(f"more than 8 bits a channel: PIL's mode {image.mode}")
             return ImageOps.exif_transpose(image).convert("RGB")
     except Exception as error:  # PIL raises OSError, SyntaxError, ValueError and its own
         raise InputError(

@@ -1,25 +1,26 @@
-"""Break runs on purpose: kills and full disks, at every write and at random moments.
+"""Break runs on purpose, by kills and disk errors at their writes and at random moments.
 
     python fault_campaign.py                                # 300 faults, half an hour on a CPU core
     python fault_campaign.py --scripts distil --tries 20    # a trial
 
 Each try starts a short run in a fork of this process, breaks it, and starts the same command again
-until it ends. Then every file must be what a run that was left alone has written: weights,
-optimiser, rows of tables and pictures bit for bit, seconds aside. After the fault itself, every
-file must be readable, and an error must have been told in one sentence. What is in between, and how
-often each fault was tried, is in docs/reliability.md.
+until it ends. Then every file must hold what an undisturbed run writes: weights, optimiser, tables
+and pixels of pictures bit for bit, times aside; and no temporary file may be left. After the fault
+itself, every file must be readable, and an error must have been told in one sentence. How often
+each fault was tried is in docs/reliability.md.
 
 The faults at a write: killed with half of the temporary file written; killed with all of it,
 before it is renamed; killed when it is renamed; no space left; an error of the disk as it is
 renamed. At a removal: killed after it. And killed at a random moment.
 
 Students that a script trains in processes of their own are trained in the same process here, so
-that a fault strikes them as well. Prints a table, and ends with exit code 1 if anything was lost.
+that a fault meets them as well. Prints a table, and ends with exit code 1 if anything was lost.
 Needs Linux or macOS, and for --scripts export and prune `pip install -r requirements-deploy.txt`.
 """
 
 import csv
 import errno
+import functools
 import importlib
 import io
 import json
@@ -37,44 +38,46 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from tqdm import tqdm
 
 import comparison
 import report
 import runs
 from runtime import InputError, import_torchvision, print_table, progress_bar, run_script
 from settings import file_path, one_of, parse_settings, several, switch, whole
-from storage import load_checkpoint, write_bytes
+from storage import check_writable, load_checkpoint, write_bytes
 
 # --- What is broken, and how often ---
 SCRIPTS = ("distil", "evaluate", "export", "prune", "ablate", "stages")  # keys of COMMANDS
 TRIES = 300  # faults in all, shared between the scripts, distil taking half
 SEED = 0  # of which faults and when
 PICTURES = False  # draw those of training; else files with a black pixel take their places
-PATIENCE = 120  # seconds a run may take before it counts as hanging
+TIMEOUT = 120  # seconds a run may take before it counts as hanging
 
 # --- Files ---
-FOLDER = None  # for the runs, which stay; None: a temporary one
+FOLDER = None  # a new one for the runs, which stay there; None: a temporary one
 
 KINDS = {
     "SCRIPTS": several(one_of("distil", "evaluate", "export", "prune", "ablate", "stages")),
     "TRIES": whole(1), "SEED": whole(0, 2**32 - 1),
-    "PICTURES": switch(), "PATIENCE": whole(1), "FOLDER": file_path(none=None),
+    "PICTURES": switch(), "TIMEOUT": whole(1), "FOLDER": file_path(none=None),
 }
 
 # Runs of seconds. Each command is also the one that resumes.
 TINY = "--data dead-leaves --limit 64 --device cpu"
 SHAPES = "8-12-16-24_64_24-16-12-8,4-8-12-16_64_16-12-8-4"
+FOLDERS = "--checkpoint-dir {run}/checkpoints --output-dir {run}/outputs"
 STUDENT = f"{TINY} --vgg random --batch-size 32 --teacher-channels 8,12,16,24 --epochs 3"
 COMMANDS = {
     "distil": (
         "distill_tinyvae",
         f"{STUDENT} --teacher train --teacher-latent-dim 64 --teacher-epochs 2 --save-every 2 "
-        "--perceptual-start 0.4 --rate 30 --resume {folders}",
+        f"--perceptual-start 0.4 --rate 30 --resume {FOLDERS}",
     ),
     "evaluate": (
         "test_trained_model",
         f"{TINY} --student {{source}}/tinyvae_best.pth --teacher {{source}}/teacher_vae.pth "
-        "{folders}",
+        f"{FOLDERS}",
     ),
     "export": (
         "export_tinyvae",
@@ -84,45 +87,56 @@ COMMANDS = {
     "prune": (
         "prune_tinyvae",
         f"{TINY} --vgg none --student {{source}}/tinyvae_best.pth --ratios 0.5 --epochs 2 "
-        "{folders}",
+        f"{FOLDERS}",
     ),
     "ablate": (
         "ablate_distillation",
         f"{TINY} --vgg none --teacher {{source}}/teacher_vae.pth --epochs 1 --seeds 1 "
-        "--rate-tolerance 1 --variants scratch {folders}",
+        f"--rate-tolerance 1 --variants scratch {FOLDERS}",
     ),
     "stages": (
         "progressive_distillation",
         f"{TINY} --vgg none --teacher {{source}}/teacher_vae.pth --epochs 2,1 --rate 30 --stages "
-        f"{SHAPES} {{folders}}",
+        f"{SHAPES} {FOLDERS}",
     ),
 }
 # Figures of time, which no two runs share; and files in which runs keep no result.
 TIMES = {"seconds", "ms_per_step", "ms_per_image", "images_per_second", "minutes"}
 NOT_COMPARED = {"log.txt", ".lock", ".started"}
+MARK = ".fault_campaign"  # a file in folders that are a campaign's own
 
 WRITE, RENAME, REMOVAL = "write", "rename", "removal"
-STRIKES = {
+FAULTS = {
     WRITE: ("killed with half of a file written", "killed before a rename", "no space left"),
     RENAME: ("killed after a rename", "an error at a rename"),
     REMOVAL: ("killed after a removal",),
 }
+ERRORS = ("no space left", "an error at a rename")  # the run ends by itself, in a sentence
 AT_RANDOM = "killed at a random moment"
+
+
+class Lost(Exception):
+    """What a fault has cost."""
+
+
+def must(condition, otherwise):
+    if not condition:
+        raise Lost(otherwise)
 
 
 # --- In the process that is to be broken ---
 
 
 class Files:
-    """Counts what this process does to files, and strikes at one of these events.
+    """Counts what this process does to files, and lets one of these events fail.
 
     Args:
-        event: the number of the event to strike at; None: none.
-        strike: one of STRIKES.
+        event: the number of the event that fails; None: none.
+        fault: one of FAULTS.
     """
 
-    def __init__(self, event=None, strike=None):
-        self.event, self.strike, self.seen = event, strike, []
+    def __init__(self, event=None, fault=None):
+        self.event, self.fault, self.seen = event, fault, []
 
     def watch(self):
         """From here on, os.fsync, Path.replace and Path.unlink of this process are watched."""
@@ -130,16 +144,16 @@ class Files:
 
         def watched_fsync(descriptor):
             if stat.S_ISREG(os.fstat(descriptor).st_mode) and self.is_now(WRITE):
-                if self.strike != "killed before a rename":
+                if self.fault != "killed before a rename":
                     os.ftruncate(descriptor, os.fstat(descriptor).st_size // 2)
-                if self.strike == "no space left":
+                if self.fault == "no space left":
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                 kill()
             fsync(descriptor)
 
         def watched_replace(path, target):
             is_now = self.is_now(RENAME)
-            if is_now and self.strike == "an error at a rename":
+            if is_now and self.fault == "an error at a rename":
                 raise OSError(errno.EIO, os.strerror(errno.EIO))
             result = replace(path, target)
             if is_now:
@@ -190,45 +204,46 @@ class Campaign:
 
     Args:
         name: of COMMANDS.
-        folder: for this script's runs; `source` beside it holds a finished run of `distil`.
+        run: the folder that the script writes into.
+        source: the folder of a finished run of `distil`.
         settings: of this script.
     """
 
-    def __init__(self, name, folder, settings):
-        self.name, self.patience = name, settings.patience
-        self.pictures = settings.pictures
-        self.run, self.log = folder / "run", folder / "log.txt"
+    def __init__(self, name, run, source, settings):
+        self.name, self.run, self.settings = name, run, settings
+        self.log = run.with_name(f"{run.name}.log")
         module, flags = COMMANDS[name]
         self.module = importlib.import_module(module)
-        folders = f"--checkpoint-dir={self.run}/checkpoints --output-dir={self.run}/outputs"
-        source = folder.parent / "source" / "checkpoints"
-        self.flags = flags.format(run=self.run, source=source, folders=folders).split()
-        folder.mkdir(parents=True, exist_ok=True)
+        places = {"run": run, "source": source / "checkpoints"}
+        self.flags = [flag.format(**places) for flag in flags.split()]
 
     def start(self, files=None, kill_after=None):
         """Fork, and run the script there. Returns its exit code, -9 if killed, and its events.
 
-        Raises AssertionError if it hangs.
+        Raises Lost if it hangs.
         """
-        events = self.log.with_name("events.json")
+        events = self.log.with_suffix(".json")
         events.unlink(missing_ok=True)
         child = os.fork()
         if not child:
             os._exit(self.run_here(files or Files(), events))
-        start = time.monotonic()
+        start, limit = time.monotonic(), kill_after or self.settings.timeout
         while True:
             ended, status = os.waitpid(child, os.WNOHANG)
             if ended:
                 break
-            waited = time.monotonic() - start
-            if waited > (kill_after or self.patience):
+            if time.monotonic() - start > limit:
                 os.kill(child, signal.SIGKILL)
                 os.waitpid(child, 0)
-                assert kill_after, f"it hangs: {self.log}"
+                must(kill_after, f"it hangs: {self.words()}")
                 return -signal.SIGKILL, []
             time.sleep(0.002)
         code = os.waitstatus_to_exitcode(status)
         return code, json.loads(events.read_text()) if events.exists() else []
+
+    def words(self):
+        """The last that the script said."""
+        return " / ".join(self.log.read_text().strip().splitlines()[-3:])[-500:]
 
     def run_here(self, files, events):
         """The script in this process. Returns its exit code."""
@@ -239,7 +254,7 @@ class Campaign:
             sys.stdout = sys.stderr = log
             try:
                 comparison.run_process = in_this_process
-                if not self.pictures:
+                if not self.settings.pictures:
                     report.draw = runs.draw = draw_nothing
                 files.watch()
                 run_script(lambda: self.module.main(self.flags))
@@ -255,50 +270,54 @@ class Campaign:
         return code
 
     def reference(self):
-        """Run it once, left alone: what it writes, how often, and in how many seconds."""
-        start = time.monotonic()
+        """Run it once, undisturbed: what it writes, its events, and how many seconds it takes."""
         self.clean()
+        start = time.monotonic()
         code, events = self.start()
         if code:
-            raise InputError(f"{self.name} does not run here: see {self.log}")
+            raise InputError(f"{self.name} does not run here: {self.words()}")
         return contents_of(self.run), events, time.monotonic() - start
 
     def clean(self):
         shutil.rmtree(self.run, ignore_errors=True)
         self.log.unlink(missing_ok=True)
 
-    def break_once(self, event, strike, moment, expected):
+    def break_once(self, event, fault, moment, expected):
         """A try: break a run, look at what is left, run to the end, compare.
 
         Args:
-            event, strike: as for Files; None for a kill at a random moment.
-            moment: seconds until that.
+            event, fault: as for Files; None for a kill at a random moment.
+            moment: () → seconds until that.
             expected: what the reference wrote.
 
-        Raises AssertionError where something is lost.
+        Raises Lost where something is lost.
         """
-        self.clean()
-        if strike == AT_RANDOM:
-            code, _ = self.start(kill_after=moment)
-        else:
-            code, _ = self.start(Files(event, strike))
-        if strike in ("no space left", "an error at a rename"):
+        code = 0
+        while not code:  # a kill may come too late
+            self.clean()
+            if fault == AT_RANDOM:
+                code, _ = self.start(kill_after=moment())
+            else:
+                code, _ = self.start(Files(event, fault))
+                must(code, "the fault did not happen")
+        if fault in ERRORS:
             printed = self.log.read_text()
-            assert code == 1, f"exit code {code}, not 1"
-            assert "Traceback" not in printed, "a traceback"
-            assert "error: could not write " in printed, f"no word of it in {self.log}"
+            must(code == 1, f"exit code {code}, not 1: {self.words()}")
+            must("Traceback" not in printed, f"a traceback: {self.words()}")
+            must("error: could not write " in printed, f"another sentence: {self.words()}")
         else:
-            assert code == -signal.SIGKILL or strike == AT_RANDOM, f"not killed: {code}"
+            must(code == -signal.SIGKILL, f"exit code {code}: {self.words()}")
         contents_of(self.run)  # all readable
         code, _ = self.start()
-        assert code == 0, f"exit code {code} when started again: {self.log}"
+        must(code == 0, f"exit code {code} when started again: {self.words()}")
         found = contents_of(self.run)
-        assert list(found) == list(expected), (
-            f"other files: {sorted(set(found) ^ set(expected))}"
-        )
+        others = sorted(set(found) ^ set(expected))
+        must(not others, f"other files: {others}")
+        left = [path.name for path in self.run.rglob("*.tmp")]
+        must(not left, f"temporary files are left: {left}")
         for path, content in found.items():
             where = difference(content, expected[path])
-            assert where is None, f"{path} differs{where and ' in ' + where}"
+            must(where is None, f"{path} differs{where and ' in ' + where}")
 
 
 # --- Comparing ---
@@ -307,7 +326,7 @@ class Campaign:
 def contents_of(folder):
     """What each file of a run says, apart from temporary ones: path → content.
 
-    Raises AssertionError for a file that cannot be read.
+    Raises Lost for a file that cannot be read.
     """
     found = {}
     for path in sorted(folder.rglob("*")):
@@ -317,7 +336,7 @@ def contents_of(folder):
         try:
             found[name] = read(path)
         except Exception as error:
-            raise AssertionError(f"{name} cannot be read: {error}") from error
+            raise Lost(f"{name} cannot be read: {error}") from error
     return found
 
 
@@ -359,64 +378,67 @@ def difference(a, b, where=""):
 # --- All of them ---
 
 
-def possible_faults(events):
-    return [(i, strike) for i, kind in enumerate(events) for strike in STRIKES[kind]]
+def choose_faults(events, count, chance):
+    """Pairs of an event and a fault at it, none twice, and kills at random moments: a quarter, or
+    more where there are too few events."""
+    faults = [(i, fault) for i, kind in enumerate(events) for fault in FAULTS[kind]]
+    chosen = chance.sample(faults, min(len(faults), count - count // 4))
+    return chosen + [(None, AT_RANDOM)] * (count - len(chosen))
 
 
 def run_campaign(settings):
     if not hasattr(os, "fork"):
         raise InputError("this needs fork, which Windows does not have: use Linux or macOS")
     s = settings
+    is_used = s.folder and s.folder.exists() and any(s.folder.iterdir())
+    if is_used and not (s.folder / MARK).exists():
+        raise InputError(f"{s.folder} holds other files, and runs are removed: name a new one")
     torch.set_num_threads(1)  # a process with threads should not be forked
+    tqdm.monitor_interval = 0  # another thread
     import_torchvision()  # here, and not in every fork
     with tempfile.TemporaryDirectory() as temporary:
-        folder = s.folder or Path(temporary)
-        source = Campaign("distil", folder, s)
-        source.run = folder / "source"
-        source.flags = [flag.replace(f"{folder}/run/", f"{source.run}/") for flag in source.flags]
-        source.reference()
-        counts, failures = Counter(), []
+        folder = (s.folder or Path(temporary)).resolve()
+        check_writable(folder)
+        write_bytes(folder / MARK, b"")
+        source = folder / "source"
+        Campaign("distil", source, source, s).reference()
+        counts, lost = Counter(), []
         chance = random.Random(s.seed)
+        weights = {name: len(s.scripts) - 1 if name == "distil" else 1 for name in s.scripts}
         for name in s.scripts:
-            campaign = Campaign(name, folder / name, s)
+            campaign = Campaign(name, folder / name, source, s)
             expected, events, seconds = campaign.reference()
-            others = len(s.scripts) - 1
-            share = s.tries if not others else s.tries // 2
-            if name != "distil":
-                has_distil = "distil" in s.scripts
-                share = s.tries // (2 * others) if has_distil else s.tries // len(s.scripts)
-            faults = possible_faults(events)
-            at_random = share // 4
-            chosen = chance.sample(faults, min(len(faults), share - at_random))
-            chosen += [(None, AT_RANDOM)] * (share - len(chosen))
-            for event, strike in progress_bar(chosen, desc=name, unit="fault"):
-                moment = chance.uniform(0.01, seconds)
-                outcome = "identical"
+            share = s.tries * (weights[name] or 1) // (sum(weights.values()) or 1)
+            chosen = choose_faults(events, max(1, share), chance)
+            moment = functools.partial(chance.uniform, 0.01, seconds)
+            for event, fault in progress_bar(chosen, desc=name, unit="fault"):
+                counts[name, fault, "tries"] += 1
                 try:
-                    campaign.break_once(event, strike, moment, expected)
-                except AssertionError as error:
-                    outcome = "LOST"
-                    failures.append(f"{name}, event {event}, {strike}, {moment:.2f} s: {error}")
-                counts[name, strike, outcome] += 1
-            counts[name, "", "writes"] = len(events)
+                    campaign.break_once(event, fault, moment, expected)
+                    counts[name, fault, "identical"] += 1
+                except Lost as loss:
+                    lost.append(f"{name}, event {event}, {fault}: {loss}")
+            counts[name, "", "events"] = len(events)
     print()
     print_table([
         {
             "script": COMMANDS[name][0] + ".py",
-            "writes, renames, removals": counts[name, "", "writes"],
-            "fault": strike,
-            "tries": sum(counts[name, strike, outcome] for outcome in ("identical", "LOST")),
-            "identical in the end": counts[name, strike, "identical"],
+            "writes, renames, removals": counts[name, "", "events"],
+            "fault": fault,
+            "tries": counts[name, fault, "tries"],
+            "identical in the end": counts[name, fault, "identical"],
         }
         for name in s.scripts
-        for strike in (*sum(STRIKES.values(), ()), AT_RANDOM)
-        if any(counts[name, strike, outcome] for outcome in ("identical", "LOST"))
+        for fault in (*sum(FAULTS.values(), ()), AT_RANDOM)
+        if counts[name, fault, "tries"]
     ])
-    lost = len(failures)
-    total = sum(n for (_, strike, _), n in counts.items() if strike)
-    print(f"\n{total} faults, seed {s.seed}: {total - lost} ended identical, {lost} did not.")
-    if failures:
-        print("\n".join(failures))
+    tries = sum(count for (*_, what), count in counts.items() if what == "tries")
+    print(
+        f"\n{tries} faults, seed {s.seed}: {tries - len(lost)} ended identical, {len(lost)} did "
+        "not."
+    )
+    if lost:
+        print("\n".join(lost))
         sys.exit(1)
 
 

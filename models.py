@@ -30,18 +30,18 @@ def load_model(path, expected):
     `load_checkpoint` refuses, for another class, and for weights that do not fit.
     """
     checkpoint = load_checkpoint(path)
-    architecture = checkpoint.get("architecture")
-    if not isinstance(architecture, dict) or "model" not in checkpoint:
+    architecture, record = checkpoint.get("architecture"), checkpoint.get("record", {})
+    if not (isinstance(architecture, dict) and isinstance(record, dict) and "model" in checkpoint):
         raise InputError(f"{path} is not a model checkpoint of this project: name one that is")
     arguments = dict(architecture)
     name = arguments.pop("name", None)
-    found = MODELS.get(name)
+    found = MODELS.get(name) if isinstance(name, str) else None
     if found is None or not issubclass(found, expected):
         raise InputError(f"{path} holds a {name}, but a {expected.__name__} is needed here")
     try:
         with torch.device("meta"):  # nothing is allocated before its size is known
-            expected = found(**arguments).state_dict()
-        refuse_other_weights(checkpoint["model"], expected)
+            shapes = found(**arguments).state_dict()
+        refuse_other_weights(checkpoint["model"], shapes)
         model = found(**arguments)
         model.load_state_dict(checkpoint["model"])
     except (TypeError, ValueError, RuntimeError, AttributeError, OverflowError) as error:
@@ -59,7 +59,9 @@ def refuse_other_weights(weights, expected):
         if not is_tensor or tensor.shape != expected[name].shape:
             shape = list(tensor.shape) if is_tensor else type(tensor).__name__
             raise ValueError(f"{name} is {shape}, not {list(expected[name].shape)}")
-        if tensor.dtype != expected[name].dtype or tensor.layout != torch.strided:
+        if tensor.layout != torch.strided:
+            raise ValueError(f"{name} is {tensor.layout}, not dense")
+        if tensor.dtype != expected[name].dtype:
             raise ValueError(f"{name} is {tensor.dtype}, not {expected[name].dtype}")
         if not tensor.isfinite().all():
             raise ValueError(f"{name} holds NaN or infinity")

@@ -66,18 +66,20 @@ def orthogonalize(matrix, steps=5):
 
     The Newton–Schulz iteration of Jordan et al. 2024, of degree five: matrix products alone. Its
     coefficients lift small singular values fast and do not let them settle at exactly 1. Each step
-    multiplies x by a polynomial of x xᵀ, so the steps are taken on these square matrices, and x is
-    multiplied once, by their product: half of the work where x is four times as wide as high.
+    multiplies x by a polynomial of x xᵀ, so the steps are taken on that square matrix, and x is
+    multiplied once, by the product of the polynomials: for TinyVAE32's matrices, at least four
+    times as wide as high or nearly so, half of the arithmetic of steps on x.
     """
     is_tall = matrix.shape[0] > matrix.shape[1]
     x = matrix.T if is_tall else matrix
     x = x / (x.norm() + 1e-7)
-    gram = x @ x.T
-    product = identity = torch.eye(len(x), dtype=x.dtype, device=x.device)
-    for _ in range(steps):
+    identity = torch.eye(len(x), dtype=x.dtype, device=x.device)
+    gram, product = x @ x.T, None
+    for step in range(steps):
         factor = 3.4445 * identity - 4.7750 * gram + 2.0315 * gram @ gram
-        product = factor @ product
-        gram = factor @ gram @ factor
+        product = factor if product is None else factor @ product
+        if step < steps - 1:
+            gram = factor @ gram @ factor
     x = product @ x
     return x.T.contiguous() if is_tall else x
 
@@ -136,6 +138,7 @@ class OneCycleOptimizer:
         }
 
     def load_state_dict(self, state):
+        # Each step sets it; but a state that is saved before the next step must be the same.
         self.learning_rate.copy_(state["optimizer"]["param_groups"][0]["lr"])
         self.adam.load_state_dict(state["optimizer"])
         for group in self.adam.param_groups:

@@ -263,7 +263,7 @@ def resume(stage, name):
         stage.load_state(state)
     except torch.OutOfMemoryError:  # says nothing against the checkpoint
         raise
-    except (KeyError, RuntimeError, ValueError, TypeError) as error:
+    except (KeyError, IndexError, RuntimeError, ValueError, TypeError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(
             f"{path} cannot be resumed from ({reason}): --overwrite starts again"

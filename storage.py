@@ -2,6 +2,8 @@
 
 import contextlib
 import csv
+import errno
+import glob
 import hashlib
 import io
 import json
@@ -17,8 +19,8 @@ from runtime import InputError
 
 
 def write_bytes(path, content):
-    """Replace a file by `content` in one step: a reader, a crash or a power cut leaves the old or
-    the new. When this returns, the new one is on the disk.
+    """Replace a file by `content` in one step: a reader, a crash or a power cut finds the old or
+    the new. On Linux and macOS the new one is on the disk when this returns.
 
     Raises InputError where the folder cannot be written or the disk is full; the old file stays.
     """
@@ -32,6 +34,7 @@ def write_bytes(path, content):
             os.fsync(file.fileno())
         temporary.replace(path)
         sync_folder(path.parent)
+        remove_left_over(path)
     except OSError as error:
         with contextlib.suppress(OSError):  # the folder is what is wrong; the first error says so
             temporary.unlink(missing_ok=True)
@@ -40,21 +43,46 @@ def write_bytes(path, content):
         ) from error
 
 
+def remove_left_over(path):
+    """Remove temporary files of `path` whose process was killed."""
+    for temporary in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):
+        process = temporary.name.split(".")[-2]
+        if process.isdigit() and not is_running(int(process)):
+            temporary.unlink(missing_ok=True)
+
+
+def is_running(process):
+    if os.name != "posix":  # elsewhere os.kill would end it
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # another user's
+        return True
+    return True
+
+
 def sync_folder(folder):
-    """Have the names in a folder on the disk, as a file's content is after os.fsync."""
-    if os.name == "posix":  # Windows has no descriptors of folders
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    """Have the names in a folder on the disk, where the system can do that: Windows has no
+    descriptors of folders, and some network file systems refuse to sync one."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EBADF, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def check_writable(folder):
     """Make a folder and try it, before work starts whose results it is to hold."""
-    trial = Path(folder) / f"write_test_{os.getpid()}"  # another process may try the same folder
+    trial = Path(folder) / "write_test"
     write_bytes(trial, b"")
-    trial.unlink()
+    trial.unlink(missing_ok=True)  # another process may try the same folder
 
 
 @contextlib.contextmanager

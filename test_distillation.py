@@ -1397,11 +1397,12 @@ def test_a_failed_capture_goes_on_step_by_step_and_is_recorded(
             raise RuntimeError("operation failed due to a previous error during capture")
         yield
 
-    calls, generator = [], FakeGenerator()
+    calls, streams, generator = [], [], FakeGenerator()
     for name, value in {
         "graph": graph, "CUDAGraph": SimpleNamespace, "default_generators": [generator],
         "current_device": lambda: 0, "current_stream": lambda: stream,
         "Stream": lambda: stream, "stream": lambda _: contextlib.nullcontext(),
+        "set_stream": streams.append,
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
     stream = SimpleNamespace(wait_stream=lambda _: None)
@@ -1424,7 +1425,7 @@ def test_a_failed_capture_goes_on_step_by_step_and_is_recorded(
     monkeypatch.setattr(training.Stage, "graphed", pretend)
     train(tmp_path / "failed", *flags)
     assert calls == ["capture"] * 3  # once a stage, and above
-    assert generator.state == "before"
+    assert generator.state == "before" and streams == [stream] * 2
     printed = capsys.readouterr().out
     assert "one by one, since recording one as a CUDA graph failed (a host sync" in printed
     assert_same_run(tmp_path / "plain", tmp_path / "failed")
@@ -1445,7 +1446,9 @@ def test_a_graph_does_what_single_kernels_do(precision, tmp_path, monkeypatch, w
     skip_without_bf16(precision)
     captured, capture = [], cuda_graph.StepGraph.capture
     monkeypatch.setattr(
-        cuda_graph.StepGraph, "capture", lambda self: captured.append(capture(self))
+        cuda_graph.StepGraph,
+        "capture",
+        lambda self: (capture(self), captured.append(self.graph is not None)),
     )
     graphed = training.Stage.graphed
 
@@ -1468,7 +1471,7 @@ def test_a_graph_does_what_single_kernels_do(precision, tmp_path, monkeypatch, w
             "--teacher-epochs", "13", "--epochs", "13", "--save-every", "100",
         )
         both.append(found)
-    assert len(captured) == 2  # one a stage, with --graph alone
+    assert captured == [True, True]  # one a stage, with --graph alone
     first, all_of_them = (1e-4, 1e-2) if precision == "fp32" else (1e-2, 5e-2)
     for stage in ("teacher", "student"):
         with_graph, without = (found[stage] for found in both)
@@ -1488,3 +1491,20 @@ def test_a_run_on_cuda(tmp_path, precision, monkeypatch):
     assert len(read_rows(tmp_path)) == 6
     state = storage.load_checkpoint(tmp_path / "checkpoints" / "tinyvae_last.pth")
     assert bool(state["scaler"]) == (precision == "fp16")
+    assert "graph_failed" not in state["record"]
+
+
+@needs_cuda
+def test_on_cuda_a_step_that_cannot_be_recorded_is_launched_as_it_is():
+    values, reasons = [], []
+    x = torch.zeros((), device="cuda")
+
+    def step():
+        x.add_(torch.rand_like(x) + 1)
+        values.append(x.item())  # waits for the device, which capture forbids
+
+    graphed = cuda_graph.StepGraph(step, reasons.append)
+    for _ in range(cuda_graph.STEPS_BEFORE_CAPTURE + 5):
+        graphed()
+    assert len(reasons) == 1 and graphed.graph is None
+    assert values == sorted(set(values)) and len(values) == cuda_graph.STEPS_BEFORE_CAPTURE + 5

@@ -7,6 +7,8 @@ import scipy.linalg
 import scipy.optimize
 import torch
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+
+pytest.importorskip("sklearn")
 from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier

@@ -1,5 +1,6 @@
 """Faults on purpose: the short form of fault_campaign.py, and what it rests on."""
 
+import errno
 import os
 import stat
 import subprocess
@@ -11,6 +12,7 @@ import torch
 
 import fault_campaign
 import storage
+from runtime import InputError
 from testing import HERE
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
@@ -22,7 +24,7 @@ def test_whatever_breaks_a_run_it_ends_the_same(tmp_path, script, tries):
     done = subprocess.run(  # in a process without threads, which forks
         [
             sys.executable, HERE / "fault_campaign.py", "--scripts", script, "--tries", str(tries),
-            "--folder", tmp_path,
+            "--folder", tmp_path / "a folder",
         ],
         capture_output=True, text=True,
     )
@@ -53,6 +55,36 @@ def test_a_file_is_on_the_disk_before_the_old_one_is_gone(tmp_path, monkeypatch)
     assert done == ["7 bytes synced", "renamed", "folder synced"]
     assert path.read_bytes() == b"content"
 
+    def refused(descriptor):  # as some network file systems do
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(Path, "replace", replace)
+    monkeypatch.setattr(os, "fsync", refused)
+    storage.write_bytes(path, b"newer")
+    assert path.read_bytes() == b"newer"
+
+
+def test_what_a_killed_process_left_is_removed_and_what_another_writes_is_not(tmp_path):
+    path = tmp_path / "model.pth"
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    left, others = (tmp_path / f"{name}.{process}.tmp" for name, process in (
+        ("model.pth", ended.pid), ("other.pth", ended.pid)))
+    written = tmp_path / f"model.pth.{os.getppid()}.tmp"
+    for file in (left, others, written):
+        file.write_bytes(b"half")
+    storage.write_bytes(path, b"whole")
+    assert sorted(tmp_path.iterdir()) == sorted([path, others, written])
+
+
+@needs_fork
+def test_the_campaign_removes_nothing_but_its_own(tmp_path):
+    (tmp_path / "source").mkdir()
+    with pytest.raises(InputError, match=r"holds other files, and runs are removed: name a new"):
+        fault_campaign.main(["--folder", str(tmp_path)])
+    assert list(tmp_path.iterdir()) == [tmp_path / "source"]
+
 
 @pytest.mark.parametrize(
     ("a", "b", "where"),
@@ -75,7 +107,7 @@ def test_the_campaign_sees_a_file_that_is_half_written(tmp_path):
     storage.save_checkpoint(whole, {"epoch": 1})
     assert fault_campaign.contents_of(tmp_path) == {"model.pth": {"epoch": 1}}
     whole.write_bytes(whole.read_bytes()[:100])
-    with pytest.raises(AssertionError, match=r"model\.pth cannot be read"):
+    with pytest.raises(fault_campaign.Lost, match=r"model\.pth cannot be read"):
         fault_campaign.contents_of(tmp_path)
 
 

@@ -615,7 +615,7 @@ def test_the_evaluation_on_cuda(tiny_run, tmp_path):
 
 def test_the_trainers_of_the_bench_do_the_same_job(tmp_path, capsys):
     flags = ("--trainers", "ours,loop", "--data", "dead-leaves", "--limit", "512", "--repeats", "1",
-             "--batch-size", "32", "--device", "cpu", "--output-dir", str(tmp_path))
+             "--batch-size", "32", "--output-dir", str(tmp_path))
     bench_peers.main([*flags, "--jobs", "student,distillation"])
     rows = read_csv(tmp_path / "bench_peers.csv")
     jobs = [(row["job"], row["trainer"], row["steps"]) for row in rows]
@@ -624,7 +624,7 @@ def test_the_trainers_of_the_bench_do_the_same_job(tmp_path, capsys):
     assert all(float(row[key]) > 0 for row in rows for key in bench_peers.COLUMNS[-4:])
     assert capsys.readouterr().out.count("times as fast") == 4
     for bad, sentence in (
-        (("--jobs", "teacher", "--limit", "200"), "50 images of the teacher's job are too few"),
+        (("--jobs", "teacher", "--limit", "200"), "50 images do not fill two batches"),
         (("--vgg", "none"), "leaves out what is to be timed"),
         (("--vgg", str(tmp_path / "none.pth")), "ours could not do the distillation job: error: "),
     ):
@@ -632,13 +632,22 @@ def test_the_trainers_of_the_bench_do_the_same_job(tmp_path, capsys):
             bench_peers.main([*flags, "--jobs", "distillation", *bad])
 
 
+@pytest.mark.parametrize("trainer", ["pythae", "lightning", "accelerate"])
+def test_others_train_where_they_are_installed(tmp_path, trainer):
+    pytest.importorskip(trainer)
+    flags = ("--trainers", trainer, "--limit", "512", "--repeats", "1", "--jobs", "student")
+    bench_peers.main([*flags, "--output-dir", str(tmp_path)])
+    (row,) = read_csv(tmp_path / "bench_peers.csv")
+    assert (row["trainer"], row["steps"]) == (trainer, "16")
+
+
 def test_the_bench_and_the_recipe_weigh_the_terms_alike():
     """The loss that the other trainers minimise is that of distill_tinyvae.py."""
     settings = parse_settings(vars(distill_tinyvae), [])
     weights = {name: getattr(settings, f"{name}_weight") for name in losses.TERMS}
-    weights["kl"] *= settings.kl_scale
-    weights["perceptual"] *= settings.perceptual_scale
     assert weights == bench_peers.WEIGHTS
+    scales = {name: getattr(settings, f"{name}_scale") for name in bench_peers.SCALES}
+    assert scales == bench_peers.SCALES
     assert settings.perceptual_images == bench_peers.PERCEPTUAL_IMAGES
 
 
