@@ -77,7 +77,7 @@ def measure(settings, values):
     launcher = [sys.executable]
     if values["processes"] > 1:
         launcher += ["-m", "torch.distributed.run", "--standalone"]
-        launcher += [f"--nproc_per_node={values['processes']}"]
+        launcher += [f"--nproc_per_node={values['processes']}", "--"]  # what follows is not its own
     with tempfile.TemporaryDirectory() as folder, Path(folder, "log.txt").open("w") as log:
         folders = ["--checkpoint-dir", folder, "--output-dir", folder]
         command = [*launcher, HERE / "distill_tinyvae.py", *flags, *folders]

@@ -5,7 +5,7 @@
     python distill_tinyvae.py --teacher train             # the five-term distillation
     python distill_tinyvae.py --resume    # with its other flags: continue a run that stopped
     python distill_tinyvae.py --data PATH --vgg PATH      # your images, your VGG16 weights
-    torchrun --nproc_per_node=2 distill_tinyvae.py        # two processes, the same result
+    torchrun --nproc_per_node=2 -- distill_tinyvae.py     # two processes, the same result
     python distill_tinyvae.py --limit 5000 --epochs 10 \\
         --checkpoint-dir trial --output-dir trial         # a trial, in a folder of its own
 

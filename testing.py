@@ -83,7 +83,7 @@ def start_two(script, *flags):
     return subprocess.Popen(
         [
             sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-            script, *flags,
+            "--", script, *flags,
         ],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
