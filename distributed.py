@@ -1,6 +1,6 @@
 """torchrun: several processes train one model, and the result is that of one process.
 
-    torchrun --nproc_per_node=2 distill_tinyvae.py --data PATH --vgg PATH
+    torchrun --nproc_per_node=2 -- distill_tinyvae.py --data PATH --vgg PATH
 
 Every process holds all images and takes every Nth image of each batch. Gradients are averaged,
 BatchNorm's statistics are those of the whole batch, and so is the noise of the latents: the result

@@ -19,7 +19,7 @@ def test_the_readme_shows_how_to_start():
 
 @each_page
 def test_flags_in_commands_exist(page):
-    commands = re.findall(r"(?:python|nproc_per_node=\d) (\w+)\.py([^\n#`]*)", page.read_text())
+    commands = re.findall(r"(?:python|nproc_per_node=\d --) (\w+)\.py([^\n#`]*)", page.read_text())
     for script, words in commands:
         module = importlib.import_module(script)
         known = {"help", *vars(parse_settings(vars(module), []))}
