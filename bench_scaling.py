@@ -102,16 +102,17 @@ def measure(settings, values):
 
 
 def draw_growth(path, rows, title):
-    """Memory over images, and images a second over the rest.
+    """Memory over images, and images a second over the rest: a panel for each that was changed.
 
     Args:
         path: the PNG to write.
         rows: those of bench_scaling.csv.
         title: the machine in a few words.
     """
-    figure = Figure(figsize=(10, 6), layout="constrained")
+    changed = [axis for axis in AXES if any(row["changed"] == axis for row in rows)] or ["images"]
+    figure = Figure(figsize=(4 * len(changed), 3.2), layout="constrained")
     figure.suptitle(title, fontsize=11)
-    for ax, axis in zip(figure.subplots(2, 2).ravel(), AXES):
+    for ax, axis in zip(figure.subplots(1, len(changed), squeeze=False)[0], changed):
         measured, label = "images_per_second", "images a second, steps alone"
         if axis == "images":
             measured, label = "peak_megabytes", "peak memory, MB"
