@@ -2,7 +2,7 @@
 
     python -m venv peers                                  # an environment of its own
     peers/bin/pip install -r requirements.txt pythae lightning accelerate
-    peers/bin/python bench_peers.py                       # 20 minutes on a CPU core
+    peers/bin/python bench_peers.py                       # 12 minutes on a CPU core
     python bench_peers.py --trainers ours,loop --limit 1280 --repeats 1   # without installing any
 
 Three jobs, each the same for all trainers: networks, images, batch size, fp32, Adam, number of
@@ -10,16 +10,16 @@ steps.
 
 - *student*: TinyVAE32 on squared error and KL
 - *teacher*: StandardVAE likewise
-- *distillation*: TinyVAE32 on the five terms, with a trained teacher and VGG16 on some images of
-  each batch. pythae does not distil
+- *distillation*: TinyVAE32 on the five terms, with a teacher of 512 latents and VGG16 on some
+  images of each batch. pythae does not distil
 
 *loop* is a plain PyTorch loop. It, Lightning and Accelerate train from a DataLoader over a tensor
 of floats, and ask the teacher in every step; pythae's trainer has its own. *ours* is
 distill_tinyvae.py. Each is run as its own guide shows it, with what that writes and prints.
 
 The time of a step does not depend on what the images show, so generated ones and untrained networks
-serve. Every run is a process of its own; all take turns in every repeat, and figures are medians.
-Writes bench_peers.csv and prints the table.
+serve. Everything runs on the CPU, every run in a process of its own; all take turns in every
+repeat, and figures are medians. Writes bench_peers.csv and prints the table.
 """
 
 import importlib.metadata
@@ -62,7 +62,7 @@ HERE = Path(__file__).resolve().parent
 TRAINERS = ("ours", "loop", "pythae", "lightning", "accelerate")  # who take turns
 JOBS = ("student", "teacher", "distillation")  # what they are to do
 DATA = "dead-leaves"  # as in distill_tinyvae.py
-LIMIT = 12_800  # images, of which the teacher's job takes a quarter
+LIMIT = 6400  # images, of which the teacher's job takes a quarter
 VGG = "random"  # random, imagenet, or a state dict's path: the time is the same
 BATCH_SIZE = 64  # images per step
 PERCEPTUAL_IMAGES = 8  # images of each batch that VGG16 sees, whoever trains

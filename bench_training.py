@@ -444,7 +444,7 @@ def measure_peaks(device, precision):
 
 # --- Where the time goes ---
 
-KERNELS = {  # part of an operation's name → the row it counts in; the first that fits
+KERNELS = {  # part of an operation's name → the row it counts in; the first that fits (adam, Adam)
     "convolution_backward": "convolutions, backward", "conv": "convolutions, forward",
     "batch_norm": "BatchNorm, both ways", "silu": "SiLU, both ways", "mm": "matrix products",
     "pool": "VGG16's pooling and ReLU", "relu": "VGG16's pooling and ReLU",
@@ -476,13 +476,17 @@ def time_operations(bench, stage, steps=10):
 
 
 def print_operations(bench):
-    found = {stage: time_operations(bench, stage) for stage in ("teacher", "student")}
+    teacher, student = (time_operations(bench, stage) for stage in ("teacher", "student"))
+    whole = sum(student.values())
     print()
     print_table([
-        {"ms a step, all of our changes": kind}
-        | {stage: f"{times[kind]:.2f}" for stage, times in found.items()}
-        | {"of the student's": f"{times[kind] / sum(times.values()):.0%}"}
-        for times in [found["student"]] for kind in times
+        {
+            "ms a step, all of our changes": kind,
+            "teacher": f"{teacher[kind]:.2f}",
+            "student": f"{student[kind]:.2f}",
+            "of the student's": f"{student[kind] / whole:.0%}",
+        }
+        for kind in student
     ])
 
 

@@ -404,11 +404,12 @@ def run_campaign(settings):
         Campaign("distil", source, source, s).reference()
         counts, lost = Counter(), []
         chance = random.Random(s.seed)
-        weights = {name: len(s.scripts) - 1 if name == "distil" else 1 for name in s.scripts}
+        others = max(1, len(s.scripts) - 1)
+        weights = {name: others if name == "distil" else 1 for name in s.scripts}
         for name in s.scripts:
             campaign = Campaign(name, folder / name, source, s)
             expected, events, seconds = campaign.reference()
-            share = s.tries * (weights[name] or 1) // (sum(weights.values()) or 1)
+            share = s.tries * weights[name] // sum(weights.values())
             chosen = choose_faults(events, max(1, share), chance)
             moment = functools.partial(chance.uniform, 0.01, seconds)
             for event, fault in progress_bar(chosen, desc=name, unit="fault"):

@@ -34,13 +34,14 @@ def write_bytes(path, content):
             os.fsync(file.fileno())
         temporary.replace(path)
         sync_folder(path.parent)
-        remove_left_over(path)
     except OSError as error:
         with contextlib.suppress(OSError):  # the folder is what is wrong; the first error says so
             temporary.unlink(missing_ok=True)
         raise InputError(
             f"could not write {path} ({error.strerror}): free some space or choose another folder"
         ) from error
+    with contextlib.suppress(OSError):  # the file itself is written
+        remove_left_over(path)
 
 
 def remove_left_over(path):
@@ -58,8 +59,8 @@ def is_running(process):
         os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except OSError:  # another user's
-        return True
+    except PermissionError:  # another user's
+        pass
     return True
 
 
