@@ -17,7 +17,7 @@ from metrics import encode_means
 from models import find_checkpoint, load_model
 from runtime import InputError, describe_device, pick_device, pick_precision
 from settings import Kind, must, whole
-from storage import fingerprint, load_checkpoint, locked
+from storage import check_writable, fingerprint, load_checkpoint, locked
 from vae import VAE
 from vgg import VGGFeatures, load_vgg16
 
@@ -72,7 +72,7 @@ def run_distillation(label, folder, settings, is_hopeless=None):
     Returns the content of its tinyvae_last.pth, or None if the run was stopped. Raises InputError
     if it fails; the script's own words are on the terminal by then.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    check_writable(folder)
     log = folder / "log.txt"
     fixed = {"start": None, "demo": False, "overwrite": False}
     folders = {"checkpoint_dir": folder, "output_dir": folder, "resume": True}

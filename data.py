@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 
 from runtime import InputError, download_timeout, import_torchvision, progress_bar
-from storage import load_checkpoint, save_checkpoint
+from storage import check_writable, load_checkpoint, save_checkpoint
 
 DATA_DIR = Path(__file__).resolve().parent / "data"  # downloads and decoded folders
 IMAGE_SIZE = 32  # pixels a side
@@ -190,6 +190,7 @@ def load_folder(root, split):
             print(f"The cache {cache} is damaged: decoding {folder} again.")
     images = decode_images(paths, f"decoding {folder}")
     try:
+        check_writable(cache.parent)
         save_checkpoint(cache, {"contents": contents, "images": images})
         print(f"Decoded images cached in {cache}")
     except InputError as error:
@@ -321,12 +322,14 @@ def dead_leaves(count, split):
     Args and result are those of `photo_crops`.
     """
     stream = list(MADE_IMAGES).index(split)
-    chunks = []
-    indices = range(-(-count // DEAD_LEAVES_CHUNK))
-    for i in progress_bar(indices, desc=f"drawing dead leaves, {split}", unit="chunk"):
+    images = torch.empty(count, 3, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.uint8)
+    chunks = images.split(DEAD_LEAVES_CHUNK)
+    for i, chunk in enumerate(
+        progress_bar(chunks, desc=f"drawing dead leaves, {split}", unit="chunk")
+    ):
         generator = torch.Generator().manual_seed(stream * 1_000_000 + i)
-        chunks.append(draw_leaves(DEAD_LEAVES_CHUNK, generator))
-    return torch.cat(chunks)[:count]
+        chunk.copy_(draw_leaves(DEAD_LEAVES_CHUNK, generator)[: len(chunk)])
+    return images
 
 
 def draw_leaves(count, generator):

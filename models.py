@@ -8,7 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from data import load_test_images, load_training_images
-from runtime import InputError
+from runtime import InputError, is_out_of_memory
 from standard_vae import StandardVAE
 from storage import load_checkpoint
 from tiny_vae_32 import TinyVAE32
@@ -45,6 +45,8 @@ def load_model(path, expected):
         model = found(**arguments)
         model.load_state_dict(checkpoint["model"])
     except (TypeError, ValueError, RuntimeError, AttributeError, OverflowError) as error:
+        if is_out_of_memory(error):
+            raise
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(f"the weights in {path} do not fit its architecture: {reason}") from error
     return model.eval(), checkpoint

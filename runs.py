@@ -12,7 +12,7 @@ from distributed import first_process_first, rank, wait_for_all, world_size
 from losses import TERMS
 from models import load_model
 from report import PICTURES, draw
-from runtime import InputError, describe_device, pick_precision, versions
+from runtime import InputError, describe_device, is_out_of_memory, pick_precision, versions
 from standard_vae import StandardVAE
 from storage import (
     check_writable,
@@ -261,9 +261,9 @@ def resume(stage, name):
     state = load_checkpoint(path)
     try:
         stage.load_state(state)
-    except torch.OutOfMemoryError:  # says nothing against the checkpoint
-        raise
     except (KeyError, IndexError, RuntimeError, ValueError, TypeError) as error:
+        if is_out_of_memory(error):  # says nothing against the checkpoint
+            raise
         reason = str(error).splitlines()[0]
         raise InputError(
             f"{path} cannot be resumed from ({reason}): --overwrite starts again"

@@ -1,8 +1,10 @@
 """What every script does around its work: errors, device and precision, progress, tables."""
 
 import contextlib
+import errno
 import importlib
 import importlib.metadata
+import os
 import platform
 import re
 import socket
@@ -18,16 +20,53 @@ class InputError(Exception):
 
 
 def run_script(main):
-    """Call a script's main. An InputError, or a full GPU, becomes one sentence and exit code 1."""
+    """Call a script's main. An InputError, memory that is full, or an output that nothing reads any
+    more becomes one sentence and exit code 1."""
+    prepare_streams()
     try:
         main()
+        sys.stdout.flush()
     except InputError as error:
         sys.exit(f"error: {error}")
-    except torch.OutOfMemoryError as error:
-        sys.exit(f"error: out of device memory: use a smaller batch, or the CPU ({error})")
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        sys.exit(f"error: out of memory: use a smaller batch or fewer images ({reason})")
+    except OSError as error:
+        if error.filename is not None or error.errno not in (errno.EPIPE, errno.ENOSPC):
+            raise
+        # What is still buffered would fail again when Python ends.
+        with contextlib.suppress(OSError), Path(os.devnull).open("w") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+        sys.exit(
+            f"error: what this prints could not be written ({error.strerror}): print to a terminal "
+            "or a file with space; files that are finished stay"
+        )
     except KeyboardInterrupt:
         print("\nInterrupted.", file=sys.stderr)
         sys.exit(130)
+
+
+def prepare_streams():
+    """Open standard streams that are closed (`>&-`), of which a file would else take the number and
+    get what is printed; and print what the locale lacks, such as ×, as a question mark."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open(mode))  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")
+
+
+def is_out_of_memory(error):
+    """Whether an error says that the machine's memory, or the device's, is full."""
+    signs = (  # the last is oneDNN's
+        "out of memory", "allocate memory", "not enough memory", "ALLOC_FAILED",
+        "could not create a primitive",
+    )
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+    )
 
 
 # --- Device and precision ---

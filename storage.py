@@ -15,19 +15,20 @@ from pathlib import Path
 import torch
 from filelock import FileLock, Timeout
 
-from runtime import InputError
+from runtime import InputError, is_out_of_memory
 
 
 def write_bytes(path, content):
     """Replace a file by `content` in one step: a reader, a crash or a power cut finds the old or
     the new. On Linux and macOS the new one is on the disk when this returns.
 
-    Raises InputError where the folder cannot be written or the disk is full; the old file stays.
+    Raises InputError where the folder is missing or cannot be written, and where the disk is full;
+    the old file stays. `check_writable` makes folders: one that has gone since then was removed or
+    renamed by somebody, and the rest of a run's files should not begin another.
     """
     path = Path(path)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # another may write it as well
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
             file.write(content)
             file.flush()
@@ -37,9 +38,10 @@ def write_bytes(path, content):
     except OSError as error:
         with contextlib.suppress(OSError):  # the folder is what is wrong; the first error says so
             temporary.unlink(missing_ok=True)
-        raise InputError(
-            f"could not write {path} ({error.strerror}): free some space or choose another folder"
-        ) from error
+        remedy = "free some space or choose another folder"
+        if isinstance(error, FileNotFoundError):
+            remedy = "its folder was removed or renamed; put it back and repeat the command"
+        raise InputError(f"could not write {path} ({error.strerror}): {remedy}") from error
     with contextlib.suppress(OSError):  # the file itself is written
         remove_left_over(path)
 
@@ -82,6 +84,12 @@ def sync_folder(folder):
 def check_writable(folder):
     """Make a folder and try it, before work starts whose results it is to hold."""
     trial = Path(folder) / "write_test"
+    try:
+        trial.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"could not make the folder {folder} ({error.strerror}): choose another one"
+        ) from error
     write_bytes(trial, b"")
     trial.unlink(missing_ok=True)  # another process may try the same folder
 
@@ -151,6 +159,8 @@ def load_checkpoint(path):
             "holds could run code: use one that this project wrote"
         ) from error
     except Exception as error:  # a damaged archive fails in many ways
+        if is_out_of_memory(error):
+            raise
         raise InputError(
             f"{path} is damaged or not a PyTorch checkpoint: delete it, or restore a copy"
         ) from error

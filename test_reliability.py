@@ -1,4 +1,5 @@
-"""Faults on purpose: the short form of fault_campaign.py, and what it rests on."""
+"""Faults on purpose: the short form of fault_campaign.py and what it rests on; memory, output,
+locale and folders that fail."""
 
 import errno
 import os
@@ -7,13 +8,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import fault_campaign
+import models
+import runtime
 import storage
+import training
 from runtime import InputError
-from testing import HERE
+from testing import HERE, TINY, assert_same_run, folders, start, train
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 
@@ -127,3 +132,110 @@ def test_the_campaign_finds_a_loss(tmp_path):
         [sys.executable, "-c", code, HERE, tmp_path], capture_output=True, text=True
     )
     assert done.returncode == 1 and "cannot be read" in done.stdout, done.stdout + done.stderr
+
+
+# --- What surrounds a run ---
+
+on_posix = pytest.mark.skipif(os.name != "posix", reason="of POSIX")
+
+
+def run_code(statements, **options):
+    """A script whose main is these statements, in a process of its own."""
+    code = f"import os, runtime\ndef main(): {statements}\nruntime.run_script(main)"
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=HERE, stderr=subprocess.PIPE, text=True, **options
+    )
+
+
+@on_posix
+@pytest.mark.parametrize(
+    ("where", "reason"),
+    [("a pipe", "Broken pipe"), ("/dev/full", "No space left on device")],
+)
+def test_an_output_that_cannot_be_written_ends_in_a_sentence(where, reason):
+    if where == "a pipe":
+        read_end, output = os.pipe()
+        os.close(read_end)
+    elif Path(where).exists():
+        output = os.open(where, os.O_WRONLY)
+    else:
+        pytest.skip(f"no {where} here")
+    done = run_code("print('a line')", stdout=output)
+    os.close(output)
+    assert done.returncode == 1
+    assert done.stderr == (
+        f"error: what this prints could not be written ({reason}): print to a terminal or a file "
+        "with space; files that are finished stay\n"
+    )
+
+
+@on_posix
+def test_what_is_printed_gets_into_no_file_where_the_output_is_closed(tmp_path):
+    path = tmp_path / "file"
+    statements = f"file = open({str(path)!r}, 'wb'); os.write(1, b'x'); os.write(2, b'x'); print(1)"
+    done = run_code(statements, preexec_fn=lambda: os.closerange(0, 3))
+    assert done.returncode == 0 and path.read_bytes() == b""
+
+
+def test_what_the_locale_lacks_is_printed_as_a_question_mark():
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = run_code("print('3×32')", stdout=subprocess.PIPE, env=environment)
+    assert (done.returncode, done.stdout) == (0, "3?32\n"), done.stderr
+
+
+@on_posix
+def test_a_run_in_poor_surroundings_is_the_same(tiny_run, tmp_path):
+    """No home, an ASCII locale, and a folder with quotes, spaces and other letters in its name."""
+    run = tmp_path / "it's \"näive\" 音 $x; `y`"
+    environment = {"PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1", "LC_ALL": "C"}
+    environment |= {"PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    process = start(*TINY, *folders(run), env=environment)
+    output, _ = process.communicate(timeout=100)
+    assert process.returncode == 0, output
+    assert_same_run(tiny_run[0], run)
+
+
+FULL = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 98765 bytes"
+
+
+@pytest.mark.parametrize("allocate", [torch.empty, np.empty])
+def test_memory_that_is_full_ends_in_a_sentence(allocate):
+    with pytest.raises(SystemExit, match=r"^error: out of memory: use a smaller batch or fewer"):
+        runtime.run_script(lambda: allocate(10**15))
+    with pytest.raises(RuntimeError, match="shape"):
+        runtime.run_script(lambda: torch.zeros(2).view(3))
+
+
+def test_memory_that_is_full_says_nothing_against_a_checkpoint(tiny_run, monkeypatch):
+    path = tiny_run[0] / "checkpoints" / "tinyvae_best.pth"
+
+    def full(*args, **options):
+        raise RuntimeError(FULL)
+
+    for owner, name in ((torch, "load"), (models.TinyVAE32, "load_state_dict")):
+        with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="98765 bytes"):
+            patch.setattr(owner, name, full)
+            models.load_model(path, models.TinyVAE32)
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="98765 bytes"):
+        patch.setattr(training.Stage, "load_state", full)
+        train(tiny_run[0], "--resume")
+
+
+def test_a_run_whose_folder_is_gone_ends_in_a_sentence_and_resumes(
+    tiny_run, tmp_path, monkeypatch, without_pictures
+):
+    run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    validate = training.Stage.validate
+
+    def renamed(self):
+        validate(self)
+        if len(self.rows) == 2:
+            run.rename(elsewhere)
+
+    with monkeypatch.context() as patch, pytest.raises(InputError, match="removed or renamed"):
+        patch.setattr(training.Stage, "validate", renamed)
+        train(run)
+    assert not run.exists()
+    elsewhere.rename(run)
+    train(run, "--resume")
+    assert_same_run(tiny_run[0], run)

@@ -60,7 +60,7 @@ from runtime import (
     versions,
 )
 from settings import file_path, one_of, parse_settings, switch, text, whole
-from storage import write_json
+from storage import check_writable, write_json
 from tiny_vae_32 import TinyVAE32
 from vae import PIXEL_VALUES, VAE
 from vgg import VGGFeatures, load_vgg16
@@ -310,6 +310,7 @@ def evaluate(settings):
             f"the student was trained with the weights in {settings.judge}, so they cannot judge "
             "it: name others with --judge, or none"
         )
+    check_writable(settings.output_dir)
     images, test = find_images(settings.data, settings.limit, student_path, record)
     data = images.record["data"]
     train, test = Split(images.train, images.labels).to(device), test.to(device)
