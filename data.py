@@ -28,6 +28,7 @@ from runtime import InputError, download_timeout, import_torchvision, progress_b
 from storage import check_writable, load_checkpoint, save_checkpoint
 
 DATA_DIR = Path(__file__).resolve().parent / "data"  # downloads and decoded folders
+CIFAR10_ARCHIVE, CIFAR10_FOLDER = "cifar-10-python.tar.gz", "cifar-10-batches-py"
 IMAGE_SIZE = 32  # pixels a side
 READING = "turned as the camera says; 8 bits a channel"  # how images are read: see read_image
 TOO_DEEP = ("I", "F")  # PIL's modes of more than 8 bits, I;16 and its like among them, start so
@@ -135,7 +136,7 @@ def load_split(source, split):
             f"there is no folder {source}: --data takes cifar10, photo-crops, dead-leaves, or the "
             "path of a folder with train/ and test/"
         )
-    if (folder / "cifar-10-batches-py").is_dir():
+    if (folder / CIFAR10_FOLDER).is_dir():
         return load_cifar10(folder, split, download=False)
     return load_folder(folder, split)
 
@@ -152,11 +153,13 @@ def load_cifar10(root, split, download):
         if not download:
             raise InputError(
                 f"the CIFAR-10 in {root} is incomplete or damaged ({error}): unpack "
-                "cifar-10-python.tar.gz there again"
+                f"{CIFAR10_ARCHIVE} there again"
             ) from error
+        found = any((root / name).exists() for name in (CIFAR10_ARCHIVE, CIFAR10_FOLDER))
+        state = "incomplete or damaged in" if found else "not in"
         raise InputError(
-            f"CIFAR-10 is not in {root} and could not be downloaded ({error}): put "
-            "cifar-10-python.tar.gz there, name a folder of images with --data PATH, "
+            f"CIFAR-10 is {state} {root} and could not be downloaded ({error}): put "
+            f"{CIFAR10_ARCHIVE} there, name a folder of images with --data PATH, "
             "or use --data photo-crops or --demo"
         ) from error
     images = torch.from_numpy(dataset.data).permute(0, 3, 1, 2).contiguous()
@@ -226,6 +229,8 @@ def list_images(folder):
             if path.suffix.lower() in extensions and not name.startswith("."):
                 if not path.exists():
                     raise InputError(f"{path} is a link to nothing: restore or remove it")
+                if not path.is_file():  # reading a pipe would wait for ever
+                    raise InputError(f"{path} is a device or a pipe, not an image: remove it")
                 paths.append(path)
     if not paths:
         raise InputError(f"{folder} holds no images ({', '.join(extensions)})")

@@ -34,7 +34,9 @@ def run_script(main):
         reason = (str(error) or type(error).__name__).splitlines()[0]
         sys.exit(f"error: out of memory: use a smaller batch or fewer images ({reason})")
     except OSError as error:
-        if error.filename is not None or error.errno not in (errno.EPIPE, errno.ENOSPC):
+        if error.filename is not None:
+            sys.exit(f"error: {error.filename} cannot be used ({error.strerror}): check it")
+        if error.errno not in (errno.EPIPE, errno.ENOSPC):
             raise
         # What is still buffered would fail again when Python ends.
         with contextlib.suppress(OSError), Path(os.devnull).open("w") as nowhere:

@@ -13,6 +13,7 @@ the constant; without a comment the flag has no help text and is otherwise the s
 
 import argparse
 import ast
+import contextlib
 import io
 import math
 import os
@@ -30,7 +31,7 @@ class Kind:
 
     Args:
         read: a value (of a constant, or the word after a flag) → the setting. Raises ValueError,
-            TypeError, OverflowError or RuntimeError for what makes no sense.
+            TypeError, OverflowError, RuntimeError or OSError for what makes no sense.
         means: what it must be, in words: "a whole number of at least 1".
         none: what None stands for; by default None is refused.
     """
@@ -47,6 +48,8 @@ class Kind:
             return self.read(value)
         except RuntimeError:  # of expanduser
             raise ValueError(f"names a home folder that does not exist: {value!r}") from None
+        except OSError as error:
+            raise ValueError(f"cannot be {value!r} ({error.strerror})") from None
         except (ValueError, TypeError, OverflowError):
             raise ValueError(f"must be {self.means}, got {value!r}") from None
 
@@ -110,12 +113,15 @@ def one_of(*choices):
 
 
 def text(none=REFUSED):
-    """A string or a path that is not empty, as a string; ~ becomes the home folder."""
+    """A path, or a word in the place of one, as a string; ~ becomes the home folder."""
 
     def read(value):
         found = os.fspath(value)
         must(isinstance(found, str) and found)
-        return str(Path(found).expanduser()) if found.startswith("~") else found
+        found = str(Path(found).expanduser()) if found.startswith("~") else found
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            Path(found).stat()  # for a name that is too long, links in a circle, no permission
+        return found
 
     return Kind(read, "a non-empty string", none)
 

@@ -147,6 +147,8 @@ def fingerprint(module):
 def load_checkpoint(path):
     """Read a checkpoint onto the CPU. Raises InputError if it is missing, damaged or holds code."""
     try:
+        if Path(path).exists() and not Path(path).is_file():  # a device may have no end
+            raise OSError(errno.EINVAL, "a folder or a device, not a file")
         refuse_compressed(path)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:

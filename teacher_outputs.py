@@ -23,11 +23,7 @@ def refuse_other_file(cache):
         return
     if not rank():
         check_writable(cache.parent)
-    try:
-        is_other = cache.exists() and "made_from" not in load_checkpoint(cache)
-    except InputError:  # damaged: it is computed again
-        is_other = False
-    if is_other:
+    if cache.exists() and "made_from" not in load_checkpoint(cache):
         raise InputError(f"{cache} does not hold a teacher's outputs: name another file")
 
 
@@ -60,8 +56,8 @@ def read_cache(cache, made_from, device):
         if found["made_from"] == made_from:
             return TeacherOutputs(**{k: v.to(device) for k, v in found["outputs"].items()})
         print(f"{cache} was made with another teacher, images or precision: computing it again")
-    except (InputError, KeyError, TypeError):
-        print(f"{cache} is damaged: computing it again")
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{cache} is damaged: delete it, and it is computed again") from error
     return None
 
 

@@ -1,6 +1,10 @@
 """Images: folders, what is made here, what is held out, batches."""
 
+import os
+import pickle
 import sys
+import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -117,6 +121,10 @@ def test_a_folder_is_decoded_once_until_it_changes(data_dir, monkeypatch, capsys
     write_images(folder / "train", 1, first=10)
     assert len(data.load_split(str(folder), "train").images) == 11
     assert "has changed" in capsys.readouterr().out
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "READING", "in another way")
+        assert len(data.load_split(str(folder), "train").images) == 11
+    assert "has changed" in capsys.readouterr().out
     (cache,) = (data_dir / "data" / "cache").iterdir()
     cache.write_bytes(cache.read_bytes()[:1000])
     assert len(data.load_split(str(folder), "train").images) == 11
@@ -146,6 +154,11 @@ def test_unusable_folders_are_refused(data_dir):
     with pytest.raises(InputError, match=r"link\.png is a link to nothing"):
         data.load_training_images(str(data_dir / "photos"))
     link.unlink()
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(link)
+        with pytest.raises(InputError, match=r"link\.png is a device or a pipe"):
+            data.load_training_images(str(data_dir / "photos"))
+        link.unlink()
     broken = data_dir / "photos" / "train" / "000.png"
     broken.write_bytes(broken.read_bytes()[:200])
     with pytest.raises(InputError, match=r"could not read the image .*000\.png"):
@@ -153,6 +166,37 @@ def test_unusable_folders_are_refused(data_dir):
     (data_dir / "photos" / "cifar-10-batches-py").mkdir()
     with pytest.raises(InputError, match="incomplete or damaged"):
         data.load_training_images(str(data_dir / "photos"))
+
+
+class Call:
+    """Its pickle calls something when it is loaded."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_a_cifar10_other_than_the_original_is_refused(data_dir, monkeypatch):
+    monkeypatch.setattr(runtime.import_torchvision().datasets.CIFAR10, "url", "http://[::1]:9/")
+    with pytest.raises(InputError, match=r"CIFAR-10 is not in .* could not be downloaded"):
+        data.load_training_images("cifar10")
+    archive = data_dir / "data" / data.CIFAR10_ARCHIVE
+    archive.parent.mkdir(exist_ok=True)
+    with tarfile.open(archive, "w:gz") as content:  # it would unpack beside the folder
+        content.addfile(tarfile.TarInfo("../outside"))
+    with pytest.raises(InputError, match=r"CIFAR-10 is incomplete or damaged in .* put cifar-10-p"):
+        data.load_training_images("cifar10")
+    assert not (data_dir / "outside").exists()
+
+    batches = data_dir / "own" / data.CIFAR10_FOLDER
+    batches.mkdir(parents=True)
+    for name in ("batches.meta", "test_batch", *(f"data_batch_{i}" for i in range(1, 6))):
+        (batches / name).write_bytes(pickle.dumps(Call(data_dir / "called")))
+    with pytest.raises(InputError, match=r"the CIFAR-10 in .*own is incomplete or damaged"):
+        data.load_training_images(str(data_dir / "own"))
+    assert not (data_dir / "called").exists()
 
 
 def test_a_linked_class_folder_is_followed(data_dir):

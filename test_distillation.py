@@ -1236,15 +1236,23 @@ def test_the_teachers_outputs_are_kept_for_runs_that_share_them(
     for name in ("pixels_sha256", "precision"):
         job.record[name] = "another"
         assert outputs()[1]
-    cache.write_bytes(cache.read_bytes()[:1000])
-    capsys.readouterr()
-    assert outputs()[1] and "is damaged: computing it again" in capsys.readouterr().out
+    storage.save_checkpoint(cache, storage.load_checkpoint(cache) | {"outputs": None})
+    with pytest.raises(InputError, match=r"is damaged: delete it, and it is computed again"):
+        outputs()
 
-    mine = copy_of(run, tmp_path) / "checkpoints" / "teacher_vae.pth"
-    before = mine.read_bytes()
-    with pytest.raises(InputError, match=r"does not hold a teacher's outputs: name another file"):
-        train(tmp_path / "third", *teacher_of(run), "--teacher-outputs", str(mine))
-    assert mine.read_bytes() == before and not (tmp_path / "third").exists()
+
+def test_a_file_that_holds_no_teachers_outputs_is_not_replaced_by_them(tiny_run, tmp_path):
+    copy = copy_of(tiny_run[0], tmp_path)
+    mine, notes = copy / "checkpoints" / "teacher_vae.pth", tmp_path / "notes.txt"
+    notes.write_text("not a checkpoint")
+    for file, message in (
+        (mine, "does not hold a teacher's outputs: name another file"),
+        (notes, "not a checkpoint of plain data"),
+    ):
+        before = file.read_bytes()
+        with pytest.raises(InputError, match=message):
+            train(tmp_path / "third", *teacher_of(copy), "--teacher-outputs", str(file))
+        assert file.read_bytes() == before and not (tmp_path / "third").exists()
 
 
 # --- Interrupted and resumed ---

@@ -1,6 +1,7 @@
 """Figures, and the files that keep them: metrics, baselines, checkpoints, tables."""
 
 import math
+import os
 import subprocess
 import sys
 
@@ -273,6 +274,9 @@ def test_bad_checkpoints_are_refused_in_a_sentence(tmp_path):
     torch.save([1, 2], path)
     with pytest.raises(InputError, match="holds a list"):
         storage.load_checkpoint(path)
+    for other in (tmp_path, os.devnull):  # not read: a device may have no end
+        with pytest.raises(InputError, match=r"could not read .* \(a folder or a device"):
+            storage.load_checkpoint(other)
 
 
 def test_a_checkpoint_builds_the_model_it_describes_and_no_other(tmp_path):

@@ -293,6 +293,17 @@ def test_a_constant_that_was_deleted_is_named(script, name, edit):
         edit(script).settings(name)
 
 
+def test_a_path_that_the_system_refuses_is_named(edit, tmp_path):
+    circle = tmp_path / "circle"
+    circle.symlink_to(circle)
+    for path, reason in ((circle, "Too many levels"), ("x" * 300, "File name too long")):
+        for name in ("DATA", "TEACHER", "CHECKPOINT_DIR"):
+            with pytest.raises(InputError, match=f"{name} in .* cannot be '.*{reason}"):
+                edit("distill_tinyvae").settings(name, f"{name} = {str(path)!r}")
+    with pytest.raises(InputError, match=r"DATA in .* must be a non-empty string, got 'a\\x00b'"):
+        edit("distill_tinyvae").settings("DATA", 'DATA = "a\\0b"')
+
+
 def test_a_home_folder_that_does_not_exist_is_named(edit):
     for name in ("DATA", "TEACHER", "CHECKPOINT_DIR"):
         with pytest.raises(InputError) as refused:
