@@ -104,13 +104,23 @@ def wait_for_text(page, text, selector="#what"):
     wait_until(page, lambda: text in page.inner_text(selector))
 
 
-DROP = """([id, content]) => {
-    const transfer = new DataTransfer();
-    const bytes = Uint8Array.from(atob(content), (c) => c.charCodeAt(0));
-    transfer.items.add(new File([bytes], "dropped.png", { type: "image/png" }));
-    const event = { dataTransfer: transfer, bubbles: true, cancelable: true };
-    document.getElementById(id).dispatchEvent(new DragEvent("drop", event));
+DROP = """([id, ...contents]) => {
+    for (const content of contents) {
+        const transfer = new DataTransfer();
+        const bytes = Uint8Array.from(atob(content), (c) => c.charCodeAt(0));
+        transfer.items.add(new File([bytes], "dropped.png", { type: "image/png" }));
+        const event = { dataTransfer: transfer, bubbles: true, cancelable: true };
+        document.getElementById(id).dispatchEvent(new DragEvent("drop", event));
+    }
 }"""
+
+
+def as_png(pixels):
+    """An image in [0, 1], 3×H×W, as a file."""
+    file = io.BytesIO()
+    array = (255 * pixels.permute(1, 2, 0)).round().byte().numpy()
+    Image.fromarray(array).save(file, "PNG", compress_level=1)
+    return file.getvalue()
 
 
 def test_the_page_draws_what_pytorch_computes(browser_page, tmp_path):
@@ -156,15 +166,12 @@ def test_the_page_draws_what_pytorch_computes(browser_page, tmp_path):
         wait_for_drawn(page, "#decoded", vae.decode(mu[3:4]))
 
         # A picture of one's own, opened or dropped: its middle square.
-        wide = np.zeros((32, 64, 3), np.uint8)
-        wide[:, 16:48] = (255 * examples[5].permute(1, 2, 0)).round().numpy()
-        png = io.BytesIO()
-        Image.fromarray(wide).save(png, "PNG")
-        upload = {"name": "mine.png", "mimeType": "image/png", "buffer": png.getvalue()}
+        png = as_png(torch.nn.functional.pad(examples[5], (16, 16)))
+        upload = {"name": "mine.png", "mimeType": "image/png", "buffer": png}
         page.set_input_files("#file", upload)
         wait_for_drawn(page, "#slot-b .original", examples[5:6])
         wait_for_drawn(page, "#decoded", vae.decode(mu[5:6]))
-        page.evaluate(DROP, ["slot-a", base64.b64encode(png.getvalue()).decode()])
+        page.evaluate(DROP, ["slot-a", base64.b64encode(png).decode()])
         wait_for_drawn(page, "#slot-a .decoded", vae.decode(mu[5:6]))
         page.set_input_files("#file", upload | {"name": "note.png", "buffer": b"not a picture"})
         wait_for_text(page, "note.png is not a picture", "#complaint")
@@ -173,6 +180,20 @@ def test_the_page_draws_what_pytorch_computes(browser_page, tmp_path):
         page.get_by_label("Example 2").click()
         wait_for_drawn(page, "#slot-a .original", examples[1:2])
         assert page.inner_text("#complaint") == ""
+
+        # 50 megapixels and a small picture at once: the later one stays, though it is ready first.
+        grey = torch.full((1, 3, 32, 32), 0.4)
+        large = as_png(grey[0, :, :1, :1].expand(3, 7100, 7100))
+        both = [base64.b64encode(content).decode() for content in (large, png)]
+        page.evaluate(DROP, ["slot-a", *both])
+        wait_for_drawn(page, "#decoded", vae.decode(mu[5:6]))
+        page.wait_for_timeout(2000)
+        wait_for_drawn(page, "#slot-a .original", examples[5:6])
+        page.set_input_files("#file", upload | {"name": "large.png", "buffer": large})
+        wait_for_drawn(page, "#decoded", vae.decode(vae.encode(grey)[0]))
+        page.evaluate("document.body.dispatchEvent(new DragEvent('drop', "
+                      "{ dataTransfer: new DataTransfer(), bubbles: true, cancelable: true }))")
+        wait_for_text(page, "That is not a file", "#complaint")
     assert not errors
 
 
@@ -181,9 +202,11 @@ def test_the_page_says_what_it_lacks(browser_page, tmp_path):
     site.mkdir()
     for name in ("index.html", "style.css", "app.js"):
         shutil.copy(HERE / "web" / name, site)
-    (site / "decoder.onnx").write_bytes(b"no model")
+    for name in ("model.json", "decoder.onnx", "examples.png"):  # cut: half of each
+        content = (HERE / "web" / name).read_bytes()
+        (site / name).write_bytes(content[: len(content) // 2])
     cases = [
-        (None, "model.json could not be loaded (404)"),
+        (None, "model.json is not JSON"),
         ("model.json", "runtime could not be loaded"),
     ]
     if VENDOR.exists():
@@ -193,13 +216,19 @@ def test_the_page_says_what_it_lacks(browser_page, tmp_path):
             ("vendor/ort-wasm-simd-threaded.mjs", "runtime could not be loaded"),
             ("vendor/ort-wasm-simd-threaded.wasm", "encoder.onnx could not be loaded (404)"),
             ("encoder.onnx", "decoder.onnx is not a model"),
+            ("decoder.onnx", "examples.png is not a picture"),
         ]
     with served(site) as address:
         for added, message in cases:
             if added:
+                (site / added).unlink(missing_ok=True)
                 (site / added).symlink_to(HERE / "web" / added)
             browser_page.goto(address)
             browser_page.wait_for_selector("body[data-state=error]")
             assert message in browser_page.inner_text("#status")
+        browser_page.add_init_script("delete window.WebAssembly")
+        browser_page.goto(address)
+        browser_page.wait_for_selector("body[data-state=error]")
+        assert "no WebAssembly" in browser_page.inner_text("#status")
     browser_page.goto((site / "index.html").as_uri())
     assert "python -m http.server" in browser_page.inner_text("#status")

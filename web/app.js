@@ -10,6 +10,7 @@ const RUNTIME_FILES = ["ort.wasm.min.mjs", "ort-wasm-simd-threaded.mjs",
                        "ort-wasm-simd-threaded.wasm"];
 const SIDE = 32;
 const REACH = 4; // of a latent's slider, either way
+const PATIENCE = 20; // seconds that a server may take to say whether it has a file
 const TIMED = 31; // runs that a time is the mean of: a clock may tick in whole milliseconds
 
 const element = (id) => document.getElementById(id);
@@ -30,11 +31,15 @@ let ort, encoder, decoder;
 class Failure extends Error {}
 
 async function isThere(url) {
-  const response = await fetch(url, { method: "HEAD" }).catch(() => null);
+  const signal = AbortSignal.timeout(1000 * PATIENCE);
+  const response = await fetch(url, { method: "HEAD", signal }).catch(() => null);
   return response?.ok;
 }
 
 async function loadRuntime() {
+  if (typeof WebAssembly === "undefined") {
+    throw new Failure("This browser has no WebAssembly, or it is turned off: use another one.");
+  }
   for (const [name, base] of RUNTIMES) {
     const there = await Promise.all(RUNTIME_FILES.map((file) => isThere(base + file)));
     if (!there.every(Boolean)) continue; // which one it becomes is said at the foot of the page
@@ -62,18 +67,25 @@ async function load(name) {
   return response;
 }
 
-async function loadModel(name) {
-  const content = await (await load(name)).arrayBuffer();
+// A file as what `read` makes of it.
+async function loadAs(what, name, read) {
+  const response = await load(name);
   try {
-    const session = await ort.InferenceSession.create(content, { executionProviders: ["wasm"] });
-    return [session, content.byteLength];
+    return await read(response);
   } catch (error) {
     throw new Failure(
-      `${name} is not a model that onnxruntime-web can run (${error.message}): write it again with `
+      `${name} is not ${what} (${error.message}): write it again with `
       + "“python export_tinyvae.py --web” and reload.",
     );
   }
 }
+
+const loadModel = (name) =>
+  loadAs("a model that onnxruntime-web can run", name, async (response) => {
+    const content = await response.arrayBuffer();
+    const session = await ort.InferenceSession.create(content, { executionProviders: ["wasm"] });
+    return [session, content.byteLength];
+  });
 
 // --- The model ---
 
@@ -188,7 +200,10 @@ function open(slot, file) {
       throw new Failure(`${file.name} is not a picture that this browser can read.`);
     }
     const side = Math.min(bitmap.width, bitmap.height);
-    return pixelsOf(bitmap, (bitmap.width - side) / 2, (bitmap.height - side) / 2, side);
+    const x = (bitmap.width - side) / 2;
+    const pixels = await pixelsOf(bitmap, x, (bitmap.height - side) / 2, side);
+    bitmap.close(); // a large photograph takes hundreds of megabytes
+    return pixels;
   });
 }
 
@@ -260,8 +275,8 @@ function addLatents(count) {
 }
 
 async function addExamples() {
-  const content = await (await load("examples.png")).blob();
-  const sheet = await createImageBitmap(content, { colorSpaceConversion: "none" });
+  const sheet = await loadAs("a picture", "examples.png", async (response) =>
+    createImageBitmap(await response.blob(), { colorSpaceConversion: "none" }));
   const examples = [];
   for (let x = 0; x < sheet.width; x += SIDE) {
     const pixels = await pixelsOf(sheet, x, 0, SIDE);
@@ -307,7 +322,7 @@ function listen() {
 }
 
 async function main() {
-  const card = await (await load("model.json")).json();
+  const card = await loadAs("JSON", "model.json", (response) => response.json());
   for (const what in card) {
     for (const place of document.getElementsByClassName(what)) {
       place.textContent = card[what].toLocaleString("en");
