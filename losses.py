@@ -126,7 +126,7 @@ class LatentProjection(nn.Module):
 class FreeProjection(nn.Module):
     """A linear map from the same start, learned without constraint: it may shrink towards zero."""
 
-    def __init__(self, teacher_mu, latent_dim=64):
+    def __init__(self, teacher_mu, latent_dim):
         super().__init__()
         start = LatentProjection(teacher_mu, latent_dim)
         self.linear = nn.Linear(teacher_mu.shape[1], latent_dim)

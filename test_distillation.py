@@ -220,6 +220,12 @@ def test_perceptual_term_sees_differences_and_trains_only_the_images():
     assert all(not parameter.requires_grad for parameter in features.parameters())
     for layer in features(images):
         torch.testing.assert_close(layer.norm(dim=1), torch.ones_like(layer[:, 0]))
+    # A mean over channels and positions of each layer, then over the layers.
+    layers = lambda x: [x, 2 * x, x[:, :1]]  # noqa: E731
+    change = torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1)
+    expected = (0.14 / 3 + 4 * 0.14 / 3 + 0.01) / 3
+    found = losses.perceptual_loss(layers, images + change, images)
+    assert found == pytest.approx(expected, rel=1e-4)
 
 
 def test_vgg16_comes_from_where_it_is_said_to(tmp_path):
@@ -502,6 +508,13 @@ def test_the_rate_is_held_by_the_weight_of_the_kl():
         if i < 0.2 * steps:
             assert stage.kl_factor == 1  # not yet
     assert rates[int(0.25 * steps)] < 99 and min(rates) > 79.9
+    # However far the rate is off, a step moves the weight by no more than this.
+    for rate, share in ((120.0, 0.5), (4000.0, 1), (0.0, -1)):
+        before = stage.kl_factor.item()
+        stage.hold_rate(torch.tensor(rate / 3072), 80.0)
+        moved = math.log(stage.kl_factor.item() / before)
+        assert moved == pytest.approx(share * training.RATE_SPEED / steps, rel=1e-3)
+    stage.kl_factor.fill_(math.exp(20 / 32))
     assert rates[int(0.6 * steps)] == pytest.approx(80, rel=0.01)
     assert stage.kl_factor.item() == pytest.approx(math.exp(20 / 32), rel=0.01)
 

@@ -1,5 +1,7 @@
-"""Our own arithmetic against independent implementations: scikit-image, scikit-learn, SciPy,
+"""Our own arithmetic against independent implementations: scikit-image, scikit-learn, lpips, SciPy,
 torch.distributions, finite differences. On random data, several seeds."""
+
+import copy
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from torch.distributions import Bernoulli, Normal, kl_divergence
 
 import losses
 import metrics
+import vgg
 from testing import random_images, random_normal
 
 seeds = pytest.mark.parametrize("seed", range(5))
@@ -124,6 +127,20 @@ def test_the_gaussian_bound_is_where_water_fills_to(seed):
     assert rate == pytest.approx(found.fun, rel=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:.*:UserWarning")  # of lpips, which knows an older torchvision
+def test_the_vgg_distance_is_lpips_without_learned_weights():
+    lpips = pytest.importorskip("lpips")
+    reference = lpips.LPIPS(net="vgg", pnet_rand=True, lpips=False, verbose=False)
+    layers = [layer for part in ("slice1", "slice2", "slice3")
+              for layer in getattr(reference.net, part)]
+    features = vgg.VGGFeatures(torch.nn.Sequential(*copy.deepcopy(layers)))
+    images, others = smooth_images(4, 0)
+    with torch.no_grad():
+        _, parts = reference(images, others, retPerLayer=True, normalize=True)
+    expected = sum(parts[:3]).flatten() / 3  # through relu3_3
+    torch.testing.assert_close(metrics.vgg_distances(features, images, others), expected)
+
+
 # --- Losses ---
 
 
@@ -161,6 +178,23 @@ def test_gradients_are_those_of_finite_differences(seed):
     term = lambda x: losses.output_distillation_loss(x, target, 3.0)  # noqa: E731
     assert check(term, (mu,), eps=1e-2, atol=1e-3, rtol=1e-2)
     assert check(lambda x: losses.reconstruction_loss(torch.sigmoid(x), target), (mu,))
+
+
+@seeds
+def test_the_projections_gradient_is_the_part_along_its_manifold(seed):
+    """By the definition: it is tangent there, and what is left out is normal to all that is."""
+    projection = losses.LatentProjection(random_normal(200, 24, seed=seed), 6, components=12)
+    rotation = torch.linalg.qr(random_normal(12, 6, seed=seed)).Q.T
+    with torch.no_grad():
+        projection.rotation.weight.copy_(rotation)
+    gradient = random_normal(6, 12, seed=seed + 50)
+    tangent = projection.tangent(gradient)
+    torch.testing.assert_close(tangent @ rotation.T, -rotation @ tangent.T, atol=1e-5, rtol=0)
+    skew = random_normal(6, 6, seed=seed + 100)
+    across = random_normal(6, 12, seed=seed + 150)
+    others = ((skew - skew.T) @ rotation, across - across @ rotation.T @ rotation)
+    for other in others:  # together they span the tangent space
+        assert ((gradient - tangent) * other).sum().abs() < 1e-4
 
 
 @seeds

@@ -83,6 +83,23 @@ def test_what_a_killed_process_left_is_removed_and_what_another_writes_is_not(tm
     assert sorted(tmp_path.iterdir()) == sorted([path, others, written])
 
 
+def test_a_process_is_running_until_it_is_known_to_have_ended(monkeypatch):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    assert storage.is_running(os.getpid()) and not storage.is_running(ended.pid)
+    with monkeypatch.context() as patch:  # Windows, where os.kill would end it
+        patch.setattr(os, "name", "nt")
+        patch.setattr(os, "kill", None)
+        is_running = storage.is_running(ended.pid)
+    assert is_running
+
+    def refused(process, signal):
+        raise PermissionError
+
+    monkeypatch.setattr(os, "kill", refused)  # another user's
+    assert storage.is_running(ended.pid)
+
+
 @needs_fork
 def test_the_campaign_removes_nothing_but_its_own(tmp_path):
     (tmp_path / "source").mkdir()
