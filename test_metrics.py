@@ -161,6 +161,16 @@ def test_classifiers_of_codes_find_what_is_there_and_no_more():
     assert metrics.linear_probe_accuracy(*ring) < 0.65
 
 
+def test_classes_are_told_apart_where_there_are_two():
+    vae, images = TinyVAE32(), data.dead_leaves(20, "test")
+    for labels, found in ((torch.arange(20) % 2, {"knn_accuracy", "probe_accuracy"}),
+                          (torch.zeros(20, dtype=torch.long), set())):
+        split = data.Split(images, labels)
+        assert set(metrics.evaluate_code(vae, split, split)) == found
+    few = data.Split(images[:3], torch.tensor([0, 1, 0]))  # fewer than neighbours
+    assert metrics.evaluate_code(vae, few, few)["knn_accuracy"] == pytest.approx(2 / 3)
+
+
 def test_neighbours_vote_and_the_nearest_decides_a_tie():
     codes = torch.tensor([[0.0], [1.0], [2.0], [3.0], [4.0]])
     query, truth = torch.tensor([[-1.0]]), torch.tensor([7])

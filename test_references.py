@@ -8,12 +8,8 @@ import pytest
 import scipy.linalg
 import scipy.optimize
 import torch
-from skimage.metrics import peak_signal_noise_ratio, structural_similarity
-
-pytest.importorskip("sklearn")
+from skimage.metrics import peak_signal_noise_ratio
 from sklearn.decomposition import PCA
-from sklearn.linear_model import LogisticRegression
-from sklearn.neighbors import KNeighborsClassifier
 from torch.distributions import Bernoulli, Normal, kl_divergence
 
 import losses
@@ -32,29 +28,14 @@ def smooth_images(count, seed):
     return images, (images + noise).clamp(0, 1)
 
 
-def clusters(seed, count=400, dimensions=12, classes=2):
-    """Codes of overlapping classes, and their labels."""
-    generator = np.random.default_rng(seed)
-    labels = generator.integers(0, classes, count)
-    centres = np.random.default_rng(99).normal(size=(classes, dimensions))
-    codes = centres[labels] + 1.5 * generator.normal(size=(count, dimensions))
-    return torch.tensor(codes, dtype=torch.float32), torch.tensor(labels)
-
-
 # --- Metrics ---
 
 
 @seeds
-def test_ssim_and_psnr_are_those_of_scikit_image(seed):
+def test_psnr_is_that_of_scikit_image(seed):
     images, others = smooth_images(4, seed)
-    found = metrics.ssim(images, others)
     errors = (images - others).square().mean((1, 2, 3))
-    for i, (a, b) in enumerate(zip(images.double().numpy(), others.double().numpy())):
-        expected = structural_similarity(
-            a, b, gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=1,
-            channel_axis=0,
-        )
-        assert found[i].item() == pytest.approx(expected, abs=1e-5)
+    for i, (a, b) in enumerate(zip(images.numpy(), others.numpy())):
         expected = peak_signal_noise_ratio(a, b, data_range=1)
         assert metrics.psnr(errors)[i].item() == pytest.approx(expected, rel=1e-5)
 
@@ -70,26 +51,6 @@ def test_pca_is_that_of_scikit_learn(seed):
     found = ours.reconstruct(images.float() / 255).flatten(1)
     expected = theirs.inverse_transform(theirs.transform(pixels)).clip(0, 1)
     np.testing.assert_allclose(found, expected, atol=2e-4)
-
-
-@seeds
-@pytest.mark.parametrize("neighbours", [1, 3, 5])
-def test_nearest_neighbours_are_those_of_scikit_learn(seed, neighbours):
-    train, test = clusters(seed), clusters(seed + 100)
-    theirs = KNeighborsClassifier(neighbours).fit(*train)  # two classes, odd votes: no ties
-    found = metrics.nearest_neighbour_accuracy(*train, *test, neighbours)
-    assert found == pytest.approx(theirs.score(*test))
-
-
-@seeds
-def test_the_linear_probe_is_scikit_learns_logistic_regression(seed):
-    train, test = clusters(seed, classes=5), clusters(seed + 100, classes=5)
-    mean, std = train[0].mean(0), train[0].std(0)
-    theirs = LogisticRegression(C=1 / (2e-4 * len(train[0])), max_iter=2000, tol=1e-8)
-    theirs.fit((train[0] - mean) / std, train[1])
-    expected = theirs.score((test[0] - mean) / std, test[1])
-    found = metrics.linear_probe_accuracy(*train, *test)
-    assert found == pytest.approx(expected, abs=1.5 / len(test[0]))  # one image on the border
 
 
 @seeds

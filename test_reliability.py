@@ -2,15 +2,18 @@
 locale and folders that fail."""
 
 import errno
+import itertools
 import os
 import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import tqdm.std
 
 import fault_campaign
 import models
@@ -70,6 +73,18 @@ def test_a_file_is_on_the_disk_before_the_old_one_is_gone(tmp_path, monkeypatch)
     assert path.read_bytes() == b"newer"
 
 
+def test_a_table_has_its_columns_and_a_record_no_nan(tmp_path):
+    path = tmp_path / "table.csv"
+    storage.write_csv(path, ("epoch", "mse"), [{"epoch": 1, "mse": 0.5, "more": 2}, {"epoch": 2}])
+    assert path.read_bytes() == b"epoch,mse\n1,0.5\n2,\n"
+    storage.write_json(path, {"data": "photos", "epochs": [1, 2]})
+    assert path.read_bytes() == (
+        b'{\n  "data": "photos",\n  "epochs": [\n    1,\n    2\n  ]\n}\n'
+    )
+    with pytest.raises(ValueError):
+        storage.write_json(path, {"mse": float("nan")})
+
+
 def test_what_a_killed_process_left_is_removed_and_what_another_writes_is_not(tmp_path):
     path = tmp_path / "model.pth"
     ended = subprocess.Popen([sys.executable, "-c", ""])
@@ -87,6 +102,11 @@ def test_a_process_is_running_until_it_is_known_to_have_ended(monkeypatch):
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
     assert storage.is_running(os.getpid()) and not storage.is_running(ended.pid)
+    sent = []
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "kill", lambda process, signal: sent.append(signal))
+        assert storage.is_running(ended.pid)
+    assert sent == [0]  # which only asks
     with monkeypatch.context() as patch:  # Windows, where os.kill would end it
         patch.setattr(os, "name", "nt")
         patch.setattr(os, "kill", None)
@@ -210,6 +230,15 @@ def test_a_run_in_poor_surroundings_is_the_same(tiny_run, tmp_path):
     output, _ = process.communicate(timeout=100)
     assert process.returncode == 0, output
     assert_same_run(tiny_run[0], run)
+
+
+def test_a_clock_that_jumps_changes_nothing(tiny_run, tmp_path, monkeypatch, without_pictures):
+    clock, jumps = time.time, itertools.cycle((0, 3600, -3600, 3e7, -3e7))  # seconds
+    for module in (time, tqdm.std):
+        monkeypatch.setattr(module, "time", lambda: clock() + next(jumps))
+    rows = train(tmp_path)
+    assert_same_run(tiny_run[0], tmp_path)
+    assert all(0 < float(row["seconds"]) < 100 for row in rows)
 
 
 FULL = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 98765 bytes"
