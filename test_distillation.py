@@ -316,6 +316,7 @@ def test_projections_are_what_they_are_called():
     torch.testing.assert_close(leading(mu), losses.LatentProjection(mu, 8)(mu))
     assert all(parameter.requires_grad for parameter in leading.parameters())
     free = losses.make_projection("free", mu, 8)
+    assert isinstance(free, losses.FreeProjection)
     torch.testing.assert_close(free(mu), leading(mu), atol=1e-4, rtol=1e-4)
     fixed = losses.make_projection("fixed", mu, 8)
     torch.testing.assert_close(fixed(mu), leading(mu))

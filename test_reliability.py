@@ -73,6 +73,21 @@ def test_a_file_is_on_the_disk_before_the_old_one_is_gone(tmp_path, monkeypatch)
     assert path.read_bytes() == b"newer"
 
 
+def test_a_folder_is_made_and_tried_and_nothing_stays_in_it(tmp_path, monkeypatch):
+    folder = tmp_path / "new" / "and below"
+    for _ in range(2):
+        storage.check_writable(folder)
+        assert list(folder.iterdir()) == []
+    file = tmp_path / "file"
+    file.write_bytes(b"")
+    for wrong in (file, file / "below"):
+        with pytest.raises(InputError, match=r"could not make the folder .*: choose another one"):
+            storage.check_writable(wrong)
+    # Another process that tries it at the same time may remove the file first.
+    monkeypatch.setattr(storage, "write_bytes", lambda path, content: None)
+    storage.check_writable(folder)
+
+
 def test_a_table_has_its_columns_and_a_record_no_nan(tmp_path):
     path = tmp_path / "table.csv"
     storage.write_csv(path, ("epoch", "mse"), [{"epoch": 1, "mse": 0.5, "more": 2}, {"epoch": 2}])
