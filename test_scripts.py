@@ -297,6 +297,10 @@ def test_figures_are_measured_again_where_what_they_depend_on_changes(tmp_path, 
     changed.write_text("another definition")
     monkeypatch.setattr(ablate_distillation, "MEASURED_BY", [changed])
     assert [measured(), measured()] == [4, 4]
+    for damaged in ("{", "[]", "{}"):
+        (tmp_path / "measured.json").write_text(damaged)
+        assert measured() == measured()
+    assert measured() == 7
 
 
 # --- Pruning ---
