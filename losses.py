@@ -68,7 +68,7 @@ class LatentProjection(nn.Module):
     Raises ValueError if the teacher has fewer latents than the student.
     """
 
-    def __init__(self, teacher_mu, latent_dim=64, components=128):
+    def __init__(self, teacher_mu, latent_dim, components=128):
         super().__init__()
         teacher_dim = teacher_mu.shape[1]
         if teacher_dim < latent_dim:
