@@ -299,8 +299,18 @@ def test_projection_cannot_collapse(target):
 def test_projection_works_for_a_teacher_without_variance_and_not_for_one_with_fewer_latents():
     projection = losses.LatentProjection(torch.ones(10, 96), latent_dim=16)
     assert projection(torch.ones(10, 96)).abs().max() < 1e-3
+    line = random_normal(50, 1) * torch.linspace(1, 2, 96)  # varies in one direction alone
+    projected = losses.LatentProjection(line, latent_dim=16)(line)
+    assert projected[:, 0].std() > 0.9 and projected[:, 1:].abs().max() < 0.05
+    assert losses.LatentProjection(random_normal(50, 16), latent_dim=16)(torch.ones(1, 16)).shape
     with pytest.raises(ValueError, match="8 latents, fewer than the student's 16"):
         losses.LatentProjection(torch.ones(10, 8), latent_dim=16)
+
+
+def test_projection_is_the_same_for_a_code_of_any_scale():
+    mu = correlated_mu()
+    large, small = (losses.LatentProjection(s * mu, 16)(s * mu) for s in (1, 1e-4))
+    torch.testing.assert_close(small, large, atol=1e-3, rtol=0)
 
 
 def test_projection_to_more_latents_than_are_usually_kept():
@@ -313,6 +323,7 @@ def test_projection_to_more_latents_than_are_usually_kept():
 def test_projections_are_what_they_are_called():
     mu = random_normal(500, 160) * torch.linspace(3, 0.1, 160)
     leading = losses.make_projection("orthonormal", mu, 8)
+    assert leading.whitening.shape == (128, 160)
     torch.testing.assert_close(leading(mu), losses.LatentProjection(mu, 8)(mu))
     assert all(parameter.requires_grad for parameter in leading.parameters())
     free = losses.make_projection("free", mu, 8)
