@@ -20,6 +20,7 @@ into folders beside the study, search.csv and search.png, and prints a table. Ev
 on the validation split. Needs `pip install -r requirements-deploy.txt`.
 """
 
+import contextlib
 import json
 import warnings
 from pathlib import Path
@@ -399,6 +400,29 @@ def open_study(search):
     return study
 
 
+@contextlib.contextmanager
+def file_errors(search):
+    """Within it, an error of the study's file becomes an InputError. Optuna reports errors to that
+    file, so what went wrong first may be behind several others."""
+    optuna = search.optuna
+    try:
+        yield
+    except Exception as error:
+        chain = [error]
+        while chain[-1].__cause__ or chain[-1].__context__:
+            chain.append(chain[-1].__cause__ or chain[-1].__context__)
+        for found in reversed(chain):
+            if isinstance(found, InputError):
+                raise found from error
+        if not any(isinstance(found, optuna.exceptions.StorageInternalError) for found in chain):
+            raise
+        reason = str(chain[-1]).splitlines()[0]
+        raise InputError(
+            f"could not write {search.folder / 'study.db'} ({reason}): free some space, or put its "
+            "folder back, and repeat the command"
+        ) from error
+
+
 def propose_at_random(search, study):
     """Enqueue random shapes whose parameters and multiply-accumulates are within the budget. Left
     to itself the sampler would start with random ones that mostly are not."""
@@ -663,7 +687,8 @@ def search_all(settings):
             study.stop()
 
     if trained_count(study, optuna) < s.trials:
-        study.optimize(search.objective, callbacks=[stop_when_done])
+        with file_errors(search):
+            study.optimize(search.objective, callbacks=[stop_when_done])
     rows = report(study)
     print()
     shown = [row for row in rows if row["state"] == "known" or row["on_front"]]

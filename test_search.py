@@ -275,6 +275,27 @@ def test_a_trial_that_was_interrupted_is_proposed_again(search, optuna, monkeypa
     assert shapes[0] == shapes[1]
 
 
+def test_an_error_of_the_studys_file_is_told_in_a_sentence(search, optuna, tmp_path):
+    full = optuna.exceptions.StorageInternalError("the commit")
+
+    def fail(*errors):
+        """The first, then the others, each while the one before is handled."""
+        try:
+            if errors[:-1]:
+                fail(*errors[:-1])
+        finally:
+            raise errors[-1]
+
+    for errors, message in (
+        ((OSError("disk is full"), full, AssertionError()), r"study\.db \(disk is full\): free"),
+        ((InputError("no image"), full, AssertionError()), "no image"),
+    ):
+        with pytest.raises(InputError, match=message), search_architecture.file_errors(search):
+            fail(*errors)
+    with pytest.raises(AssertionError), search_architecture.file_errors(search):
+        fail(OSError("something else"), AssertionError())
+
+
 def test_what_contradicts_is_refused(tmp_path, tiny_run, optuna):
     run, _ = tiny_run
     flags = [*SEARCH, *folders(tmp_path), "--vgg", "random", "--scratch"]
