@@ -37,7 +37,7 @@ def write_bytes(path, content):
         sync_folder(path.parent)
     except OSError as error:
         with contextlib.suppress(OSError):  # the folder is what is wrong; the first error says so
-            temporary.unlink(missing_ok=True)
+            temporary.unlink()
         remedy = "free some space or choose another folder"
         if isinstance(error, FileNotFoundError):
             remedy = "its folder was removed or renamed; put it back and repeat the command"

@@ -263,8 +263,21 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     assert "InputError: could not write" in done.stderr
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
-    with pytest.raises(InputError, match="could not write"):
+    remedy = "free some space or choose another folder$"
+    with pytest.raises(InputError, match=rf"could not write .* \(Not a directory\): {remedy}"):
         storage.write_bytes(path / "below a file", b"new")
+    remedy = "its folder was removed or renamed; put it back and repeat the command$"
+    with pytest.raises(InputError, match=rf"could not write .* \(No such file or .*\): {remedy}"):
+        storage.write_bytes(tmp_path / "no folder" / "table.csv", b"new")
+
+
+def test_checkpoints_are_loaded_onto_the_cpu_and_run_no_code(tmp_path, monkeypatch):
+    asked, load = {}, torch.load
+    path = tmp_path / "model.pth"
+    storage.save_checkpoint(path, {"epoch": 1})
+    monkeypatch.setattr(torch, "load", lambda path, **how: asked.update(how) or load(path, **how))
+    assert storage.load_checkpoint(path) == {"epoch": 1}
+    assert asked == {"map_location": "cpu", "weights_only": True}
 
 
 def test_bad_checkpoints_are_refused_in_a_sentence(tmp_path):

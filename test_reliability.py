@@ -113,6 +113,15 @@ def test_what_a_killed_process_left_is_removed_and_what_another_writes_is_not(tm
     assert sorted(tmp_path.iterdir()) == sorted([path, others, written])
 
 
+def test_what_is_left_over_and_cannot_be_removed_fails_no_write(tmp_path, monkeypatch):
+    def refused(path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(storage, "remove_left_over", refused)
+    storage.write_bytes(tmp_path / "file", b"content")
+    assert (tmp_path / "file").read_bytes() == b"content"
+
+
 def test_a_process_is_running_until_it_is_known_to_have_ended(monkeypatch):
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
