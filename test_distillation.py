@@ -1087,7 +1087,7 @@ def test_what_cannot_work_is_refused_before_training(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "file").touch()
     for flag in ("--output-dir", "--checkpoint-dir"):
-        with pytest.raises(InputError, match="could not write"):
+        with pytest.raises(InputError, match="could not make the folder"):
             train(tmp_path, flag, str(tmp_path / "file"))
 
 

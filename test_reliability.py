@@ -100,13 +100,13 @@ def test_a_table_has_its_columns_and_a_record_no_nan(tmp_path):
         storage.write_json(path, {"mse": float("nan")})
 
 
-def test_what_a_killed_process_left_is_removed_and_what_another_writes_is_not(tmp_path):
-    path = tmp_path / "model.pth"
+@pytest.mark.parametrize("name", ["model.pth", "model", "model.of.today.pth"])
+def test_what_a_killed_process_left_is_removed_and_what_another_writes_is_not(tmp_path, name):
+    path = tmp_path / name
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
-    left, others = (tmp_path / f"{name}.{process}.tmp" for name, process in (
-        ("model.pth", ended.pid), ("other.pth", ended.pid)))
-    written = tmp_path / f"model.pth.{os.getppid()}.tmp"
+    left, others = (tmp_path / f"{name}.{ended.pid}.tmp" for name in (name, "other.pth"))
+    written = tmp_path / f"{name}.{os.getppid()}.tmp"
     for file in (left, others, written):
         file.write_bytes(b"half")
     storage.write_bytes(path, b"whole")
