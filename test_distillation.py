@@ -1322,6 +1322,23 @@ def train_until_interrupted(monkeypatch, epochs, *arguments):
         train(*arguments)
 
 
+def test_the_random_state_of_a_gpu_is_resumed_on_one(monkeypatch):
+    stage = stage_of(TinyVAE32(), data.dead_leaves(34, "train"))
+    restored = []
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda: "of the GPU")
+    monkeypatch.setattr(torch.cuda, "set_rng_state", restored.append)
+    without = stage.state()
+    stage.run.device = torch.device("cuda")
+    with_gpu = stage.state()
+    assert with_gpu["random"]["cuda"] == "of the GPU" and "cuda" not in without["random"]
+    stage.load_state(without)
+    assert restored == []
+    stage.load_state(with_gpu)
+    stage.run.device = torch.device("cpu")
+    stage.load_state(with_gpu)
+    assert restored == ["of the GPU"]
+
+
 @pytest.mark.parametrize("changes", [("--optimizer", "adam"), ("--rate", "20")])
 def test_with_other_settings_a_run_resumes_bit_for_bit(
     changes, tiny_run, tmp_path, monkeypatch, without_pictures
