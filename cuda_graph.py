@@ -4,6 +4,8 @@ import gc
 
 import torch
 
+from runtime import is_out_of_memory
+
 STEPS_BEFORE_CAPTURE = 5
 
 
@@ -50,7 +52,7 @@ class StepGraph:
                 self.step()
         except RuntimeError as error:
             cause = error.__context__ or error  # ending a capture that failed fails in its turn
-            if isinstance(cause, torch.OutOfMemoryError) or not isinstance(cause, Exception):
+            if is_out_of_memory(cause) or not isinstance(cause, Exception):
                 raise cause from None
             # What the capture has left behind: its stream, and a generator in capture.
             torch.cuda.set_stream(stream)

@@ -24,7 +24,13 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 
-from runtime import InputError, download_timeout, import_torchvision, progress_bar
+from runtime import (
+    InputError,
+    download_timeout,
+    import_torchvision,
+    is_out_of_memory,
+    progress_bar,
+)
 from storage import check_writable, load_checkpoint, save_checkpoint
 
 DATA_DIR = Path(__file__).resolve().parent / "data"  # downloads and decoded folders
@@ -150,6 +156,8 @@ def load_cifar10(root, split, download):
         with download_timeout():
             dataset = datasets.CIFAR10(root, train=split == "train", download=download)
     except Exception as error:  # URL, socket, disk and checksum errors have no narrower base
+        if is_out_of_memory(error):
+            raise
         if not download:
             raise InputError(
                 f"the CIFAR-10 in {root} is incomplete or damaged ({error}): unpack "
@@ -249,6 +257,8 @@ def read_image(path):
                 raise ValueError(f"more than 8 bits a channel: PIL's mode {image.mode}")
             return ImageOps.exif_transpose(image).convert("RGB")
     except Exception as error:  # PIL raises OSError, SyntaxError, ValueError and its own
+        if is_out_of_memory(error):
+            raise
         raise InputError(
             f"could not read the image {path} ({error}): replace or remove it"
         ) from error

@@ -28,26 +28,16 @@ def run_script(main):
         sys.stdout.flush()
     except InputError as error:
         sys.exit(f"error: {error}")
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
+    except (MemoryError, RuntimeError, OSError) as error:
+        sentence = in_a_sentence(error)
+        if sentence is None:
             raise
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        sys.exit(f"error: out of memory: use a smaller batch or fewer images ({reason})")
-    except OSError as error:
-        if error.filename is not None:
-            sys.exit(f"error: {error.filename} cannot be used ({error.strerror}): check it")
-        if error.errno not in (errno.EPIPE, errno.ENOSPC):
-            raise
-        # What is still buffered would fail again when Python ends.
-        with contextlib.suppress(OSError), Path(os.devnull).open("w") as nowhere:
-            os.dup2(nowhere.fileno(), sys.stdout.fileno())
-        sys.exit(
-            f"error: what this prints could not be written ({error.strerror}): print to a terminal "
-            "or a file with space; files that are finished stay"
-        )
+        sys.exit(f"error: {sentence}")
     except KeyboardInterrupt:
         print("\nInterrupted.", file=sys.stderr)
         sys.exit(130)
+    finally:
+        drop_output()
 
 
 def prepare_streams():
@@ -56,18 +46,53 @@ def prepare_streams():
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, Path(os.devnull).open(mode))  # noqa: SIM115
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has no encoding
+        sys.stdout.reconfigure(errors="replace")
+
+
+def drop_output():
+    """Drop what is still to be printed if it cannot be: it would fail again when Python ends."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        with contextlib.suppress(OSError), Path(os.devnull).open("w") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+
+
+OUTPUT_ERRORS = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EIO)  # of a write
+
+
+def in_a_sentence(error):
+    """What a user is told of memory that is full, a file that the system refuses, or an output that
+    cannot be written; None for other errors."""
+    reason = (str(error) or type(error).__name__).splitlines()[0]
+    if isinstance(error, torch.OutOfMemoryError):
+        return f"out of the device's memory: use a smaller batch, or --device cpu ({reason})"
+    if is_out_of_memory(error):
+        return f"out of memory: use a smaller batch or fewer images ({reason})"
+    if not isinstance(error, OSError):
+        return None
+    if error.filename is not None:
+        reason = error.strerror or reason
+        return f"{error.filename} cannot be used ({reason}): correct its name or permissions"
+    if error.errno in OUTPUT_ERRORS:
+        return (
+            f"what this prints could not be written ({error.strerror}): print to a terminal or a "
+            "file with space; files that are finished stay"
+        )
+    return None
 
 
 def is_out_of_memory(error):
     """Whether an error says that the machine's memory, or the device's, is full."""
-    signs = (  # the last is oneDNN's
-        "out of memory", "allocate memory", "not enough memory", "ALLOC_FAILED",
-        "could not create a primitive",
-    )
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    signs = ("out of memory", "allocate memory", "not enough memory", "bad_alloc", "ALLOC_FAILED")
+    text = str(error)
+    # oneDNN's; with "descriptor", it does not support the operation.
+    is_onednn = "create a primitive" in text and "primitive descriptor" not in text
     return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+        isinstance(error, RuntimeError) and (is_onednn or any(sign in text for sign in signs))
     )
 
 

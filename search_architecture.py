@@ -22,6 +22,7 @@ on the validation split. Needs `pip install -r requirements-deploy.txt`.
 
 import contextlib
 import json
+import threading
 import warnings
 from pathlib import Path
 
@@ -402,25 +403,34 @@ def open_study(search):
 
 @contextlib.contextmanager
 def file_errors(search):
-    """Within it, an error of the study's file becomes an InputError. Optuna reports errors to that
-    file, so what went wrong first may be behind several others."""
-    optuna = search.optuna
+    """Within it, an error of the study's file becomes an InputError.
+
+    Optuna reports what happens to that file, so a trial's own InputError may be behind others. And
+    its heartbeat, in another thread, meets the same errors: it is not to print them.
+    """
+    failure, hook = search.optuna.exceptions.StorageInternalError, threading.excepthook
+    threading.excepthook = lambda args: isinstance(args.exc_value, failure) or hook(args)
     try:
         yield
     except Exception as error:
-        chain = [error]
-        while chain[-1].__cause__ or chain[-1].__context__:
-            chain.append(chain[-1].__cause__ or chain[-1].__context__)
-        for found in reversed(chain):
-            if isinstance(found, InputError):
-                raise found from error
-        if not any(isinstance(found, optuna.exceptions.StorageInternalError) for found in chain):
+        chain, found = [], error
+        while found is not None and found not in chain:
+            chain.append(found)
+            found = found.__cause__ or found.__context__
+        told = [found for found in chain if isinstance(found, InputError)]
+        failures = [found for found in chain if isinstance(found, failure)]
+        if isinstance(error, InputError) or not (told or failures):
             raise
-        reason = str(chain[-1]).splitlines()[0]
+        if told:
+            raise InputError(str(told[0])) from error
+        cause = failures[0].__cause__ or failures[0]
+        reason = str(getattr(cause, "orig", cause)) or type(cause).__name__  # SQLAlchemy's origin
         raise InputError(
-            f"could not write {search.folder / 'study.db'} ({reason}): free some space, or put its "
-            "folder back, and repeat the command"
+            f"could not write {search.folder / 'study.db'} ({reason.splitlines()[0]}): free some "
+            "space, or put its folder back, and repeat the command"
         ) from error
+    finally:
+        threading.excepthook = hook
 
 
 def propose_at_random(search, study):
@@ -659,6 +669,13 @@ def search_all(settings):
     search = Search(s, optuna)
     check_writable(search.folder)
     check_writable(s.output_dir)
+    with file_errors(search):
+        run_study(search)
+
+
+def run_study(search):
+    """Open the study, train what is left of its trials, report."""
+    s, optuna = search.settings, search.optuna
     with locked(search.folder, wait=True):  # another process may be making it
         study = open_study(search)
     print_summary(search, study)
@@ -687,8 +704,7 @@ def search_all(settings):
             study.stop()
 
     if trained_count(study, optuna) < s.trials:
-        with file_errors(search):
-            study.optimize(search.objective, callbacks=[stop_when_done])
+        study.optimize(search.objective, callbacks=[stop_when_done])
     rows = report(study)
     print()
     shown = [row for row in rows if row["state"] == "known" or row["on_front"]]

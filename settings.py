@@ -49,7 +49,9 @@ class Kind:
         except RuntimeError:  # of expanduser
             raise ValueError(f"names a home folder that does not exist: {value!r}") from None
         except OSError as error:
-            raise ValueError(f"cannot be {value!r} ({error.strerror})") from None
+            raise ValueError(
+                f"names {value!r}, which cannot be reached ({error.strerror})"
+            ) from None
         except (ValueError, TypeError, OverflowError):
             raise ValueError(f"must be {self.means}, got {value!r}") from None
 
@@ -123,7 +125,7 @@ def text(none=REFUSED):
             Path(found).stat()  # for a name that is too long, links in a circle, no permission
         return found
 
-    return Kind(read, "a non-empty string", none)
+    return Kind(read, "a path or a word", none)
 
 
 def file_path(*words, none=REFUSED):

@@ -39,8 +39,8 @@ def write_bytes(path, content):
         with contextlib.suppress(OSError):  # the folder is what is wrong; the first error says so
             temporary.unlink()
         remedy = "free some space or choose another folder"
-        if isinstance(error, FileNotFoundError):
-            remedy = "its folder was removed or renamed; put it back and repeat the command"
+        if isinstance(error, (FileNotFoundError, NotADirectoryError)):
+            remedy = "its folder was removed, renamed or replaced; put it back and try again"
         raise InputError(f"could not write {path} ({error.strerror}): {remedy}") from error
     with contextlib.suppress(OSError):  # the file itself is written
         remove_left_over(path)

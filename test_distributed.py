@@ -185,7 +185,7 @@ def test_two_processes_resume_what_one_has_begun(tiny_run, tmp_path, monkeypatch
         distill_tinyvae.main([*flags, "--resume", "--perceptual-images", "5"])
 
 
-@pytest.mark.parametrize("which", [min, max])  # the first one writes and prints
+@pytest.mark.parametrize("which", [min, max])  # the first and the second to be started
 def test_when_one_of_two_processes_dies_the_other_says_so(tmp_path, which):
     flags = ("--vgg", "none", "--limit", "2000", "--epochs", "1000", "--save-every", "1000")
     process = start_two(HERE / "distill_tinyvae.py", *TINY, *flags, *folders(tmp_path))
@@ -195,7 +195,10 @@ def test_when_one_of_two_processes_dies_the_other_says_so(tmp_path, which):
     pairs = [line.split() for line in listed.stdout.splitlines()]
     workers = [int(pid) for pid, parent in pairs if int(parent) == process.pid]
     os.kill(which(workers), signal.SIGKILL)
-    output, _ = process.communicate(timeout=30)
+    try:
+        output, _ = process.communicate(timeout=30)
+    finally:
+        process.kill()
     assert process.returncode != 0
     assert "of 2 lost the connection to another one" in output
     assert "the same command with --resume" in output

@@ -115,6 +115,17 @@ DROP = """([id, ...contents]) => {
 }"""
 
 
+COUNT_DECODED = """() => {
+    const decode = window.createImageBitmap;
+    window.decoded = 0;
+    window.createImageBitmap = async (...what) => {
+        const found = await decode(...what);
+        window.decoded++;
+        return found;
+    };
+}"""
+
+
 def as_png(pixels):
     """An image in [0, 1], 3×H×W, as a file."""
     file = io.BytesIO()
@@ -182,12 +193,15 @@ def test_the_page_draws_what_pytorch_computes(browser_page, tmp_path):
         assert page.inner_text("#complaint") == ""
 
         # 50 megapixels and a small picture at once: the later one stays, though it is ready first.
-        grey = torch.full((1, 3, 32, 32), 0.4)
-        large = as_png(grey[0, :, :1, :1].expand(3, 7100, 7100))
+        grey, file = torch.full((1, 3, 32, 32), 0.4), io.BytesIO()
+        Image.new("RGB", (7100, 7100), (102, 102, 102)).save(file, "PNG", compress_level=1)
+        large = file.getvalue()
+        page.evaluate(COUNT_DECODED)
         both = [base64.b64encode(content).decode() for content in (large, png)]
         page.evaluate(DROP, ["slot-a", *both])
         wait_for_drawn(page, "#decoded", vae.decode(mu[5:6]))
-        page.wait_for_timeout(2000)
+        wait_until(page, lambda: page.evaluate("window.decoded") == 4)  # two for each picture
+        page.wait_for_timeout(500)
         wait_for_drawn(page, "#slot-a .original", examples[5:6])
         page.set_input_files("#file", upload | {"name": "large.png", "buffer": large})
         wait_for_drawn(page, "#decoded", vae.decode(vae.encode(grey)[0]))

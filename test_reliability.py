@@ -14,14 +14,17 @@ import numpy as np
 import pytest
 import torch
 import tqdm.std
+from PIL import Image
 
+import data
 import fault_campaign
 import models
 import runtime
 import storage
 import training
+import vgg
 from runtime import InputError
-from testing import HERE, TINY, assert_same_run, folders, start, train
+from testing import HERE, TINY, assert_same_run, folders, on_posix, start, train
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 
@@ -122,6 +125,7 @@ def test_what_is_left_over_and_cannot_be_removed_fails_no_write(tmp_path, monkey
     assert (tmp_path / "file").read_bytes() == b"content"
 
 
+@on_posix
 def test_a_process_is_running_until_it_is_known_to_have_ended(monkeypatch):
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
@@ -197,9 +201,6 @@ def test_the_campaign_finds_a_loss(tmp_path):
 
 # --- What surrounds a run ---
 
-on_posix = pytest.mark.skipif(os.name != "posix", reason="of POSIX")
-
-
 def run_code(statements, **options):
     """A script whose main is these statements, in a process of its own."""
     code = f"import os, runtime\ndef main(): {statements}\nruntime.run_script(main)"
@@ -221,7 +222,13 @@ def test_an_output_that_cannot_be_written_ends_in_a_sentence(where, reason):
         output = os.open(where, os.O_WRONLY)
     else:
         pytest.skip(f"no {where} here")
-    done = run_code("print('a line')", stdout=output)
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    done = run_code("print('a line')", stdout=output, env=buffered)
+    unbuffered = buffered | {"PYTHONUNBUFFERED": "1"}
+    assert run_code("print('a line')", stdout=output, env=unbuffered).stderr == done.stderr
+    statements = "print('a line'); raise runtime.InputError('which matters more')"
+    other = run_code(statements, stdout=output, env=buffered)
+    assert (other.returncode, other.stderr) == (1, "error: which matters more\n")
     os.close(output)
     assert done.returncode == 1
     assert done.stderr == (
@@ -276,6 +283,21 @@ def test_memory_that_is_full_ends_in_a_sentence(allocate):
         runtime.run_script(lambda: torch.zeros(2).view(3))
 
 
+@pytest.mark.parametrize(
+    ("error", "is_memory"),
+    [
+        (MemoryError(), True), (OSError(errno.ENOMEM, "Cannot allocate memory"), True),
+        (torch.OutOfMemoryError("CUDA out of memory"), True),
+        (RuntimeError("std::bad_alloc"), True),
+        (RuntimeError("could not create a primitive"), True),
+        (RuntimeError("could not create a primitive descriptor for a convolution"), False),
+        (OSError(errno.ENOSPC, "No space left on device"), False), (ValueError("of memory"), False),
+    ],
+)
+def test_errors_that_mean_full_memory(error, is_memory):
+    assert runtime.is_out_of_memory(error) == is_memory
+
+
 def test_memory_that_is_full_says_nothing_against_a_checkpoint(tiny_run, monkeypatch):
     path = tiny_run[0] / "checkpoints" / "tinyvae_best.pth"
 
@@ -291,6 +313,25 @@ def test_memory_that_is_full_says_nothing_against_a_checkpoint(tiny_run, monkeyp
         train(tiny_run[0], "--resume")
 
 
+def test_memory_that_is_full_says_nothing_against_images_and_weights(tmp_path, monkeypatch):
+    def full(*args, **options):
+        raise MemoryError(FULL)
+
+    torchvision = runtime.import_torchvision()
+    (tmp_path / data.CIFAR10_FOLDER).mkdir()
+    image = tmp_path / "image.png"
+    image.touch()
+    for owner, name, load in (
+        (Image, "open", lambda: data.read_image(image)),
+        (torchvision.datasets, "CIFAR10", lambda: data.load_split(str(tmp_path), "train")),
+        (torchvision.models.VGG16_Weights, "get_state_dict", lambda: vgg.load_vgg16("imagenet")),
+    ):
+        with monkeypatch.context() as patch, pytest.raises(MemoryError):
+            patch.setattr(owner, name, full)
+            load()
+
+
+@on_posix
 def test_a_run_whose_folder_is_gone_ends_in_a_sentence_and_resumes(
     tiny_run, tmp_path, monkeypatch, without_pictures
 ):
@@ -302,7 +343,7 @@ def test_a_run_whose_folder_is_gone_ends_in_a_sentence_and_resumes(
         if len(self.rows) == 2:
             run.rename(elsewhere)
 
-    with monkeypatch.context() as patch, pytest.raises(InputError, match="removed or renamed"):
+    with monkeypatch.context() as patch, pytest.raises(InputError, match="removed, renamed or"):
         patch.setattr(training.Stage, "validate", renamed)
         train(run)
     assert not run.exists()

@@ -270,7 +270,9 @@ def test_an_ablation_resumes_where_it_stopped(
         ablate_distillation.main([*flags, "--vgg", "random", "--judge", "random"])
 
 
-def test_figures_are_measured_again_where_what_they_depend_on_changes(tmp_path, monkeypatch):
+def test_figures_are_measured_again_where_what_they_depend_on_changes(
+    tmp_path, monkeypatch, capsys
+):
     vae = TinyVAE32()
     storage.save_checkpoint(
         tmp_path / "tinyvae_last.pth", {"architecture": vae.architecture, "model": vae.state_dict()}
@@ -300,6 +302,7 @@ def test_figures_are_measured_again_where_what_they_depend_on_changes(tmp_path, 
     for damaged in ("{", "[]", "{}"):
         (tmp_path / "measured.json").write_text(damaged)
         assert measured() == measured()
+        assert capsys.readouterr().out.endswith("measured.json is damaged: measuring again\n")
     assert measured() == 7
 
 

@@ -16,6 +16,7 @@ import distill_tinyvae
 import storage
 
 HERE = Path(__file__).resolve().parent
+on_posix = pytest.mark.skipif(os.name != "posix", reason="of POSIX")
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 
 # Of distill_tinyvae.py: a whole run of a few seconds.

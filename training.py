@@ -127,7 +127,7 @@ class Stage:
         """
         kl = kl.detach().clone()
         average([kl])
-        excess = (kl * PIXEL_VALUES / nats - 1).clamp_max(1)  # and at least −1
+        excess = (kl * PIXEL_VALUES / nats - 1).clamp_max(1)  # a KL is not negative: at least −1
         speed = RATE_SPEED / len(self.done) * (self.progress >= RATE_START)
         self.kl_factor *= torch.exp(speed * excess)
 

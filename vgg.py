@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from runtime import InputError, download_timeout, import_torchvision
+from runtime import InputError, download_timeout, import_torchvision, is_out_of_memory
 from storage import fingerprint, load_checkpoint
 
 # VGG16's convolutions through relu3_3, as torchvision numbers its `features`.
@@ -79,6 +79,8 @@ def load_vgg16(source, seed=0):
                     progress=True, check_hash=True, weights_only=True
                 )
         except Exception as error:  # URL, socket, disk and checksum errors have no narrower base
+            if is_out_of_memory(error):
+                raise
             raise InputError(
                 f"the ImageNet weights of VGG16 could not be downloaded or read ({error}): name a "
                 "file that holds them with --vgg PATH, use --vgg random or --vgg none, or --demo"
@@ -102,6 +104,8 @@ def load_vgg16(source, seed=0):
             {key.removeprefix("features."): weights[key].float() for key in VGG_KEYS}, assign=True
         )
     except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
         reason = str(error).splitlines()[1].strip()  # the first line names only the class
         raise InputError(f"the weights in {source} are not VGG16's: {reason}") from error
     return features, vgg_record(features, description)

@@ -31,7 +31,7 @@ let ort, encoder, decoder;
 class Failure extends Error {}
 
 async function isThere(url) {
-  const signal = AbortSignal.timeout(1000 * PATIENCE);
+  const signal = AbortSignal.timeout?.(1000 * PATIENCE); // older browsers have none
   const response = await fetch(url, { method: "HEAD", signal }).catch(() => null);
   return response?.ok;
 }
@@ -56,22 +56,25 @@ async function loadRuntime() {
   );
 }
 
+// The bytes of a file.
 async function load(name) {
   const response = await fetch(name).catch(() => null);
-  if (!response?.ok) {
+  const content = response?.ok ? await response.arrayBuffer().catch(() => null) : null;
+  if (!content) {
+    const reason = response && !response.ok ? response.status : "no answer, or not to its end";
     throw new Failure(
-      `${name} could not be loaded (${response?.status ?? "no answer"}): write it with `
+      `${name} could not be loaded (${reason}): reload, or write it with `
       + "“python export_tinyvae.py --web” and reload.",
     );
   }
-  return response;
+  return content;
 }
 
-// A file as what `read` makes of it.
+// A file as what `read` makes of its bytes.
 async function loadAs(what, name, read) {
-  const response = await load(name);
+  const content = await load(name);
   try {
-    return await read(response);
+    return await read(content);
   } catch (error) {
     throw new Failure(
       `${name} is not ${what} (${error.message}): write it again with `
@@ -81,10 +84,10 @@ async function loadAs(what, name, read) {
 }
 
 const loadModel = (name) =>
-  loadAs("a model that onnxruntime-web can run", name, async (response) => {
-    const content = await response.arrayBuffer();
+  loadAs("a model that onnxruntime-web can run", name, async (content) => {
+    const bytes = content.byteLength;
     const session = await ort.InferenceSession.create(content, { executionProviders: ["wasm"] });
-    return [session, content.byteLength];
+    return [session, bytes];
   });
 
 // --- The model ---
@@ -200,10 +203,12 @@ function open(slot, file) {
       throw new Failure(`${file.name} is not a picture that this browser can read.`);
     }
     const side = Math.min(bitmap.width, bitmap.height);
-    const x = (bitmap.width - side) / 2;
-    const pixels = await pixelsOf(bitmap, x, (bitmap.height - side) / 2, side);
-    bitmap.close(); // a large photograph takes hundreds of megabytes
-    return pixels;
+    try {
+      const [x, y] = [(bitmap.width - side) / 2, (bitmap.height - side) / 2];
+      return await pixelsOf(bitmap, x, y, side);
+    } finally {
+      bitmap.close(); // a large photograph takes hundreds of megabytes
+    }
   });
 }
 
@@ -275,8 +280,8 @@ function addLatents(count) {
 }
 
 async function addExamples() {
-  const sheet = await loadAs("a picture", "examples.png", async (response) =>
-    createImageBitmap(await response.blob(), { colorSpaceConversion: "none" }));
+  const sheet = await loadAs("a picture", "examples.png", (content) =>
+    createImageBitmap(new Blob([content]), { colorSpaceConversion: "none" }));
   const examples = [];
   for (let x = 0; x < sheet.width; x += SIDE) {
     const pixels = await pixelsOf(sheet, x, 0, SIDE);
@@ -322,7 +327,8 @@ function listen() {
 }
 
 async function main() {
-  const card = await loadAs("JSON", "model.json", (response) => response.json());
+  const card = await loadAs("JSON", "model.json", (content) =>
+    JSON.parse(new TextDecoder().decode(content)));
   for (const what in card) {
     for (const place of document.getElementsByClassName(what)) {
       place.textContent = card[what].toLocaleString("en");
