@@ -465,6 +465,39 @@ def test_a_step_gets_each_image_of_an_epoch_once_with_its_index():
     assert len(seen) == len(set(seen)) == 32
 
 
+def test_an_epoch_ends_with_a_row_and_a_line_of_what_was_measured(capsys):
+    images, mu = data.dead_leaves(40, "train"), random_normal(40, 96) + 1
+    vae, run = TinyVAE32(), stage_of(TinyVAE32(), images, calibration="means").run
+    run.precision = "bf16"
+    projection = losses.LatentProjection(mu, latent_dim=64)
+    stage = training.Stage("student", vae, 12, "adam", 1e-3, run, projection, 3 * mu)
+    for _ in stage.epochs():
+        for step, _ in enumerate(stage.steps()):
+            stage.next_batch()
+            kl = torch.tensor(0.1 * step)
+            stage.log(torch.tensor(step + 0.5), {"kl": kl, "latent": 0}, {"kl": 0.1 * kl})
+        stage.validate()
+        break
+    (row,) = stage.rows
+    means = {"loss": 2.5, "kl": 0.2, "kl_weighted": 0.02}
+    expected = metrics.evaluate_vae(vae, images, "bf16")
+    projected = projection(3 * mu).detach()
+    means |= {"val_mse": expected.pop("mse"), "val_psnr": expected.pop("psnr")} | expected
+    means["val_sampled_mse"] = metrics.sampled_mse(vae, images, "bf16")
+    means["projected_std"] = projected.std(0, correction=0).mean().item()
+    assert {name: row[name] for name in means} == pytest.approx(means, rel=1e-6)
+    assert (row["stage"], row["epoch"]) == ("student", 1)
+    assert row["learning_rate"] == round(stage.optimizer.learning_rate.item(), 9) > 0
+    assert 0 < row["ms_per_step"] * 5 / 1000 < row["seconds"] + 0.02
+    assert capsys.readouterr().out.strip() == (
+        f"student   1/12 | loss 2.50000 | kl 0.20000 | val MSE {means['val_mse']:.5f}  "
+        f"PSNR {means['val_psnr']:.2f} dB | KL {means['kl_nats']:.1f} nats, "
+        f"{means['kl_per_latent']:.3f} per latent, {means['active_dims']} of 64 active | "
+        f"projected std {means['projected_std']:.3f}, rank {metrics.effective_rank(projected):.1f}"
+        f" | {row['seconds']:.0f} s"
+    )
+
+
 @pytest.mark.parametrize("with_samples", [False, True])
 def test_batch_norm_knows_the_images_and_the_codes_that_will_be_decoded(with_samples):
     torch.manual_seed(0)
