@@ -1,6 +1,6 @@
 """Break runs on purpose, by kills and disk errors at their writes and at random moments.
 
-    python fault_campaign.py                                # 300 faults, half an hour on a CPU core
+    python fault_campaign.py --pictures                     # 300 faults, an hour on a CPU core
     python fault_campaign.py --scripts distil --tries 20    # a trial
 
 Each try starts a short run in a fork of this process, breaks it, and starts the same command again
