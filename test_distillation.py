@@ -477,11 +477,12 @@ def test_an_epoch_ends_with_a_row_and_a_line_of_what_was_measured(capsys, monkey
         for step, _ in enumerate(stage.steps()):
             stage.next_batch()
             kl = torch.tensor(0.1 * step)
-            stage.log(torch.tensor(step + 0.5), {"kl": kl, "latent": 0}, {"kl": 0.1 * kl})
+            terms = {"kl": kl, "output": 1 + kl, "latent": 0}
+            stage.log(torch.tensor(step + 0.5), terms, {"kl": 0.1 * kl, "output": 2 * kl})
         stage.validate()
         break
     (row,) = stage.rows
-    means = {"loss": 2.5, "kl": 0.2, "kl_weighted": 0.02}
+    means = {"loss": 2.5, "kl": 0.2, "kl_weighted": 0.02, "output": 1.2, "output_weighted": 0.4}
     expected = metrics.evaluate_vae(vae, images, "bf16")
     projected = projection(3 * mu).detach()
     means |= {"val_mse": expected.pop("mse"), "val_psnr": expected.pop("psnr")} | expected
@@ -492,12 +493,29 @@ def test_an_epoch_ends_with_a_row_and_a_line_of_what_was_measured(capsys, monkey
     assert row["learning_rate"] == round(stage.optimizer.learning_rate.item(), 9) > 0
     assert (row["ms_per_step"], row["seconds"]) == (123.457, 1.23)
     assert capsys.readouterr().out.strip() == (
-        f"student   1/12 | loss 2.50000 | kl 0.20000 | val MSE {means['val_mse']:.5f}  "
-        f"PSNR {means['val_psnr']:.2f} dB | KL {means['kl_nats']:.1f} nats, "
+        "student   1/12 | loss 2.50000 | kl 0.20000  output 1.20000 | "
+        f"val MSE {means['val_mse']:.5f}  PSNR {means['val_psnr']:.2f} dB | "
+        f"KL {means['kl_nats']:.1f} nats, "
         f"{means['kl_per_latent']:.3f} per latent, {means['active_dims']} of 64 active | "
         f"projected std {means['projected_std']:.3f}, rank {metrics.effective_rank(projected):.1f}"
         " | 1 s"
     )
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "muon"])
+@pytest.mark.parametrize("with_projection", [False, True])
+def test_a_step_trains_every_parameter(optimizer, with_projection):
+    vae, images = TinyVAE32(), data.dead_leaves(34, "train")
+    projection = losses.LatentProjection(random_normal(40, 96), 64) if with_projection else None
+    run = stage_of(TinyVAE32(), images).run
+    stage = training.Stage("student", vae, 1, optimizer, 1e-2, run, projection)
+    trained = dict(vae.named_parameters())
+    trained |= dict(projection.named_parameters()) if projection else {}
+    before = {name: parameter.detach().clone() for name, parameter in trained.items()}
+    stage.next_batch()
+    stage.optimizer.backward(sum((parameter.sin()).sum() for parameter in trained.values()))
+    stage.optimizer.step()
+    assert not [name for name, value in before.items() if torch.equal(value, trained[name])]
 
 
 @pytest.mark.parametrize("with_samples", [False, True])
@@ -1356,15 +1374,16 @@ def train_until_interrupted(monkeypatch, epochs, *arguments):
         train(*arguments)
 
 
-def test_the_random_state_of_a_gpu_is_resumed_on_one(monkeypatch):
+@pytest.mark.parametrize("device", ["cuda", "mps"])
+def test_the_random_state_of_a_gpu_is_resumed_on_one(device, monkeypatch):
     stage = stage_of(TinyVAE32(), data.dead_leaves(34, "train"))
     restored = []
-    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda: "of the GPU")
-    monkeypatch.setattr(torch.cuda, "set_rng_state", restored.append)
+    monkeypatch.setattr(getattr(torch, device), "get_rng_state", lambda: "of the GPU")
+    monkeypatch.setattr(getattr(torch, device), "set_rng_state", restored.append)
     without = stage.state()
-    stage.run.device = torch.device("cuda")
+    stage.run.device = torch.device(device)
     with_gpu = stage.state()
-    assert with_gpu["random"]["cuda"] == "of the GPU" and "cuda" not in without["random"]
+    assert with_gpu["random"][device] == "of the GPU" and device not in without["random"]
     stage.load_state(without)
     assert restored == []
     stage.load_state(with_gpu)
