@@ -502,6 +502,27 @@ def test_an_epoch_ends_with_a_row_and_a_line_of_what_was_measured(capsys, monkey
     )
 
 
+def test_a_stage_goes_on_where_it_was_with_its_bar_and_its_order(monkeypatch):
+    bars, progress_bar = [], training.progress_bar
+    spy = lambda **options: bars.append(options) or progress_bar(**options)  # noqa: E731
+    monkeypatch.setattr(training, "progress_bar", spy)
+    orders = []
+    for seed in (1, 2):  # of what is not the stage's own
+        stage = stage_of(TinyVAE32(), data.dead_leaves(34, "train"), epochs=4)
+        stage.rows = [{}, {}]
+        torch.manual_seed(seed)
+        numbers = []
+        for number in stage.epochs():
+            numbers.append(number)
+            for _ in stage.steps():
+                stage.log(torch.tensor(0.0), {}, {})
+            stage.rows.append({})
+        assert numbers == [3, 4]
+        orders.append(stage.batches.clone())
+    assert bars[0] == {"total": 16, "initial": 8, "desc": "student", "unit": "step"}
+    assert torch.equal(*orders)
+
+
 @pytest.mark.parametrize("optimizer", ["adam", "muon"])
 @pytest.mark.parametrize("with_projection", [False, True])
 def test_a_step_trains_every_parameter(optimizer, with_projection):
