@@ -154,6 +154,7 @@ def test_the_released_student_is_what_its_card_says(tmp_path, capsys, monkeypatc
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(data, "load_cifar10", no_network)
     monkeypatch.setattr(models, "RELEASED", tmp_path / "checkpoints" / released.name)
+    models.RELEASED.parent.mkdir()
     storage.save_checkpoint(models.RELEASED, checkpoint)
     test_trained_model.main([*folders(tmp_path), "--limit", "64", "--device", "cpu"])
     printed = capsys.readouterr().out
