@@ -523,6 +523,37 @@ def test_a_stage_goes_on_where_it_was_with_its_bar_and_its_order(monkeypatch):
     assert torch.equal(*orders)
 
 
+@pytest.mark.parametrize(
+    ("device", "shown"), [("cpu", ["0.00000", "0.50000", "1.00000"]), ("cuda", [None] * 3)]
+)
+def test_the_bar_shows_the_mean_loss_and_makes_no_gpu_wait_for_it(device, shown):
+    stage = stage_of(TinyVAE32(), data.dead_leaves(34, "train"), epochs=12)
+    stage.rows = [{}] * 2
+    stage.run.device = SimpleNamespace(type=device)
+    found = []
+    for _ in stage.epochs():
+        for step, _ in enumerate(stage.steps()):
+            found.append(stage.bar.postfix)
+            stage.log(torch.tensor(float(step)), {}, {})
+        found.append(stage.bar.postfix)
+        break
+    shown = [loss and f"epoch=3/12, loss={loss}" for loss in shown]
+    assert found == [None, *shown, "epoch=3/12, loss=1.50000"]
+
+
+def test_a_loss_that_is_not_finite_is_told_with_what_can_be_done():
+    stage = stage_of(TinyVAE32(), data.dead_leaves(34, "train"))
+    with pytest.raises(InputError) as told:
+        for _ in stage.epochs():
+            for _ in stage.steps():
+                stage.log(torch.tensor(math.nan), {}, {})
+    assert str(told.value) == (
+        "the loss of the student became nan in epoch 1; the epochs before it are saved: continue "
+        "from them with --resume --precision fp32, or start again with --overwrite and a lower "
+        "--learning-rate"
+    )
+
+
 @pytest.mark.parametrize("optimizer", ["adam", "muon"])
 @pytest.mark.parametrize("with_projection", [False, True])
 def test_a_step_trains_every_parameter(optimizer, with_projection):
