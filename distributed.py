@@ -13,6 +13,7 @@ here calls `encode` and `decode_logits` of one module and the projection of anot
 
 import contextlib
 import os
+import signal
 from datetime import timedelta
 from pathlib import Path
 
@@ -62,6 +63,7 @@ def processes(device):
         device_id=torch.device("cuda", torch.cuda.current_device()) if is_cuda else None,
     )
     is_done = False
+    former = signal.signal(signal.SIGTERM, tell_stopped)
     try:
         with contextlib.ExitStack() as stack:
             if rank():
@@ -73,16 +75,28 @@ def processes(device):
     except RuntimeError as error:  # Gloo has no error class of its own
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
-        raise InputError(
-            f"process {rank()} of {world_size()} lost the connection to another one: every "
-            "finished epoch is saved, and the same command with --resume, without --overwrite, "
-            "continues"
-        ) from error
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, which may come before the words
+        raise lost("lost the connection to another one") from error
     finally:
+        if is_done:
+            signal.signal(signal.SIGTERM, former)
         # After an error NCCL could wait here for processes that wait for this one; torchrun ends
         # them when this one has ended.
         if is_done or not is_cuda:
             dist.destroy_process_group()
+
+
+def tell_stopped(*_):
+    """In place of dying without a word when torchrun ends this process, since another has ended."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise lost("was stopped, as torchrun does where another one has ended")
+
+
+def lost(what):
+    return InputError(
+        f"process {rank()} of {world_size()} {what}: every finished epoch is saved, and the same "
+        "command with --resume, without --overwrite, continues"
+    )
 
 
 @contextlib.contextmanager

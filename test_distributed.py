@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -200,5 +201,7 @@ def test_when_one_of_two_processes_dies_the_other_says_so(tmp_path, which):
     finally:
         process.kill()
     assert process.returncode != 0
-    assert "of 2 lost the connection to another one" in output
-    assert "the same command with --resume" in output
+    assert re.search(
+        r"of 2 (lost the connection to another one|was stopped, as torchrun does where another one "
+        r"has ended): every finished epoch is saved, and the same command with --resume", output
+    )
