@@ -40,8 +40,8 @@ def is_shared():
 def processes(device):
     """Within it, the processes that torchrun started work together, over NCCL or Gloo.
 
-    Raises InputError where there are more processes than CUDA devices, and over Gloo where another
-    process died. (Over NCCL torchrun ends this one.)
+    Raises InputError where there are more processes than CUDA devices, over Gloo where another
+    process died, and where torchrun stops this one, as it does when another has ended.
     """
     if not (dist.is_available() and dist.is_torchelastic_launched()):
         yield
@@ -75,11 +75,10 @@ def processes(device):
     except RuntimeError as error:  # Gloo has no error class of its own
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, which may come before the words
         raise lost("lost the connection to another one") from error
     finally:
-        if is_done:
-            signal.signal(signal.SIGTERM, former)
+        # torchrun's may come before this process has told its own error.
+        signal.signal(signal.SIGTERM, former if is_done else signal.SIG_IGN)
         # After an error NCCL could wait here for processes that wait for this one; torchrun ends
         # them when this one has ended.
         if is_done or not is_cuda:
@@ -88,7 +87,6 @@ def processes(device):
 
 def tell_stopped(*_):
     """In place of dying without a word when torchrun ends this process, since another has ended."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     raise lost("was stopped, as torchrun does where another one has ended")
 
 

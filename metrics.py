@@ -217,7 +217,8 @@ def nearest_neighbour_accuracy(codes, labels, test_codes, test_labels, neighbour
 def linear_probe_accuracy(codes, labels, test_codes, test_labels):
     """Test accuracy of a linear classifier of codes: softmax regression, fitted to convergence.
 
-    Codes are standardised; a slight L2 penalty, 1e-4 of the mean loss, keeps the optimum finite.
+    Codes are standardised; a slight penalty, 1e-4 ‖w‖² beside the mean loss, keeps the
+    optimum finite.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline

@@ -20,8 +20,8 @@ class InputError(Exception):
 
 
 def run_script(main):
-    """Call a script's main. An InputError, memory that is full, or an output that nothing reads any
-    more becomes one sentence and exit code 1."""
+    """Call a script's main. An InputError, and what `in_a_sentence` knows of memory, files and
+    output, becomes one sentence and exit code 1."""
     prepare_streams()
     try:
         main()

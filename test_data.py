@@ -4,7 +4,6 @@ import os
 import pickle
 import sys
 import tarfile
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +13,7 @@ from PIL import Image
 import data
 import runtime
 from runtime import InputError
-from testing import write_images
+from testing import TouchesWhenLoaded, write_images
 
 # --- Images made here ---
 
@@ -168,16 +167,6 @@ def test_unusable_folders_are_refused(data_dir):
         data.load_training_images(str(data_dir / "photos"))
 
 
-class Call:
-    """Its pickle calls something when it is loaded."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return Path.touch, (self.path,)
-
-
 def test_a_cifar10_other_than_the_original_is_refused(data_dir, monkeypatch):
     monkeypatch.setattr(runtime.import_torchvision().datasets.CIFAR10, "url", "http://[::1]:9/")
     with pytest.raises(InputError, match=r"CIFAR-10 is not in .* could not be downloaded"):
@@ -193,7 +182,7 @@ def test_a_cifar10_other_than_the_original_is_refused(data_dir, monkeypatch):
     batches = data_dir / "own" / data.CIFAR10_FOLDER
     batches.mkdir(parents=True)
     for name in ("batches.meta", "test_batch", *(f"data_batch_{i}" for i in range(1, 6))):
-        (batches / name).write_bytes(pickle.dumps(Call(data_dir / "called")))
+        (batches / name).write_bytes(pickle.dumps(TouchesWhenLoaded(data_dir / "called")))
     with pytest.raises(InputError, match=r"the CIFAR-10 in .*own is incomplete or damaged"):
         data.load_training_images(str(data_dir / "own"))
     assert not (data_dir / "called").exists()

@@ -24,7 +24,7 @@ import storage
 from runtime import InputError
 from settings import parse_settings
 from test_settings import KINDS
-from testing import write_images
+from testing import TouchesWhenLoaded, write_images
 from tiny_vae_32 import TinyVAE32
 from vae import VAE
 
@@ -125,13 +125,9 @@ def test_an_archive_that_unpacks_to_more_than_it_is(whole, tmp_path):
 
 
 def test_a_pickle_that_calls_something(tmp_path):
-    class Caller:
-        def __reduce__(self):
-            return (open, (str(tmp_path / "called"), "w"))
-
     for save in (torch.save, lambda thing, path: path.write_bytes(pickle.dumps(thing))):
         path = tmp_path / "model.pth"
-        save({"model": Caller()}, path)
+        save({"model": TouchesWhenLoaded(tmp_path / "called")}, path)
         with pytest.raises(InputError, match=r"could run code|damaged"):
             storage.load_checkpoint(path)
         assert not (tmp_path / "called").exists()
