@@ -10,7 +10,7 @@ no VGG16: reconstruction and KL alone. Its KL weight is searched until its rate 
 validation split) is within 1.5% of the full distillation's, since a lower error at a higher rate
 proves nothing.
 
-It needs a teacher: distill_tinyvae.py --teacher train leaves one in checkpoints/. The same command
+It needs a teacher: distill_tinyvae.py leaves one in checkpoints/. The same command
 again resumes where it stopped; another --split measures the students that are trained already.
 Writes ablation.csv and ablation.png, and prints a table. On one CPU core in fp32 an epoch of 10,000
 images takes 7 s, and 20 s with VGG16, which sees images in the last 30% of the epochs.
@@ -100,18 +100,15 @@ COLUMNS = (
 SCRATCH = {"reconstruction_weight": 1, "latent_weight": 0, "output_weight": 0, "vgg": "none"}
 # What each variant changes: settings of distill_tinyvae.py.
 CHANGES = {
-    # The full loss without what the teacher gives; VGG16 and the second look at the image, decoded
-    # from mu, stay. This control says what the teacher is worth.
-    "no teacher": {"latent_weight": 0, "output_target": "image"},
+    # The full loss without what the teacher gives: no latent term, and the output term compares
+    # with the image. This control says what the teacher is worth.
+    "no teacher": {"teacher": None, "teacher_outputs": None},
     "no reconstruction": {"reconstruction_weight": 0},
     "no KL": {"kl_weight": 0},
     "no latent": {"latent_weight": 0},
     "no output": {"output_weight": 0},
     "no perceptual": {"vgg": "none"},
-    "image for teacher's": {"output_target": "image"},
-    "no fading": {"latent_fade": 0},
-    "fixed projection": {"projection": "fixed"},
-    "random projection": {"projection": "random"},
+    "principal projection": {"projection": "principal"},
     "free projection": {"projection": "free"},
 }
 

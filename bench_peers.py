@@ -39,8 +39,10 @@ from data import load_training_images, to_float
 from losses import (
     kl_loss,
     latent_distillation_loss,
+    output_distillation_loss,
     perceptual_loss,
     reconstruction_loss,
+    without_grid,
 )
 from runtime import (
     InputError,
@@ -87,7 +89,7 @@ COLUMNS = (
     "step_images_per_second", "images_per_second", "start_seconds", "peak_megabytes",
 )
 CPU = torch.device("cpu")
-KL_WEIGHT, LATENT_VARIANCE, LEARNING_RATE = 0.13, 0.1, 1e-3
+KL_WEIGHT, TEMPERATURE, LEARNING_RATE = 0.13, 3.0, 1e-3
 # Of the five terms, and what distill_tinyvae.py multiplies two of them by.
 WEIGHTS = {"reconstruction": 0.3, "kl": 0.1, "latent": 0.3, "output": 0.2, "perceptual": 0.1}
 SCALES = {"kl": 0.4, "perceptual": 4.0}
@@ -133,16 +135,17 @@ def make_loss(job, model, run):
     def distillation_loss(images):
         with torch.no_grad():
             teacher_mu, _ = teacher.encode(images)
-            target = teacher.decode(teacher_mu)
+            target = teacher.decode_logits(teacher_mu)
         mu, logvar = model.encode(images)
         z = model.reparameterize(mu, logvar)
-        of_sample, of_mean = model.decode(torch.cat([z, mu])).chunk(2)
+        logits, logits_of_mean = model.decode_logits(torch.cat([z, mu])).chunk(2)
+        looked_at = without_grid(torch.sigmoid(logits_of_mean), images)[:seen]
         terms = {
-            "reconstruction": reconstruction_loss(of_sample, images),
+            "reconstruction": reconstruction_loss(torch.sigmoid(logits), images),
             "kl": kl_loss(mu, logvar),
-            "latent": latent_distillation_loss(mu, model.projection(teacher_mu), LATENT_VARIANCE),
-            "output": reconstruction_loss(of_mean, target),
-            "perceptual": perceptual_loss(vgg, of_mean[:seen], images[:seen]),
+            "latent": latent_distillation_loss(mu, model.projection(teacher_mu)),
+            "output": output_distillation_loss(logits_of_mean, target, TEMPERATURE),
+            "perceptual": perceptual_loss(vgg, looked_at, images[:seen]),
         }
         return sum(WEIGHTS[name] * SCALES.get(name, 1) * term for name, term in terms.items())
 
@@ -188,9 +191,8 @@ def train_ours(run, images, clock):
     flags = {
         "latent_dim": TinyVAE32().latent_dim, "data": run["data"], "limit": run["limit"],
         "batch_size": run["batch_size"], "epochs": run["epochs"], "optimizer": "adam",
-        "output_loss": "squared", "output_target": "teacher", "latent_variance": LATENT_VARIANCE,
-        "kl_scale": SCALES["kl"], "perceptual_scale": SCALES["perceptual"],
-        "perceptual_start": 0, "perceptual_images": run["perceptual_images"],
+        "temperature": TEMPERATURE, "kl_scale": SCALES["kl"],
+        "perceptual_scale": SCALES["perceptual"], "perceptual_images": run["perceptual_images"],
         "precision": "fp32", "device": "cpu", "start": "none", "rate": "none", "resume": False,
         "save_every": 1_000_000, "checkpoint_dir": run["folder"], "output_dir": run["folder"],
     }

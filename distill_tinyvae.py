@@ -1,18 +1,18 @@
-"""Train TinyVAE32, 64 latents and 294,403 parameters: from the images, or distilled from a teacher.
+"""Distil a VAE of 512 latents into TinyVAE32: 64 latents, 294,403 parameters.
 
     python distill_tinyvae.py --demo      # a small run without downloads: two minutes on 2 cores
     python distill_tinyvae.py             # CIFAR-10 and ImageNet VGG16, both downloaded (700 MB)
-    python distill_tinyvae.py --teacher train             # the five-term distillation
+    python distill_tinyvae.py --teacher PATH              # a teacher that is trained already
+    python distill_tinyvae.py --teacher none              # the same student without one
     python distill_tinyvae.py --resume    # with its other flags: continue a run that stopped
     python distill_tinyvae.py --data PATH --vgg PATH      # your images, your VGG16 weights
     torchrun --nproc_per_node=2 -- distill_tinyvae.py     # two processes, the same result
     python distill_tinyvae.py --limit 5000 --epochs 10 \\
         --checkpoint-dir trial --output-dir trial         # a trial, in a folder of its own
 
-With --teacher train, stage 1 trains a VAE of 512 latents and stage 2 the student, which learns from
-it by the latent and the output term. By default there is no teacher and no stage 1: there is no
-latent term, and the output term compares with the image. At full length that ends with less error
-(docs/results.md).
+Stage 1 trains the teacher for 20 epochs, stage 2 the student for 100, by five terms: two of any
+VAE, two that learn from the teacher, and one that compares features of VGG16. With --teacher none
+there is no stage 1 and no latent term, and the output term compares with the image.
 
 Edit the settings below, or override one with the flag of the same name. Afterwards
 `python test_trained_model.py` measures on the test split.
@@ -23,7 +23,6 @@ and BatchNorm's statistics in training.py.
 
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -40,6 +39,7 @@ from losses import (
     output_distillation_loss,
     perceptual_loss,
     reconstruction_loss,
+    without_grid,
 )
 from metrics import encode_means
 from runtime import DTYPES, InputError, autocast, pick_device, run_script
@@ -57,7 +57,7 @@ DATA = "cifar10"  # cifar10, photo-crops, dead-leaves (data.py), or a folder wit
 LIMIT = 0  # use the first N training images; 0 uses all
 
 # --- Teacher ---
-TEACHER = None  # None: no teacher; train: train one first, stage 1; or the path of a trained one
+TEACHER = "train"  # train: stage 1 trains one; the path of a trained one; or None, for no teacher
 TEACHER_LATENT_DIM = 512  # latents, at least as many as the student's
 TEACHER_CHANNELS = (64, 128, 256, 512)  # out of its four encoder stages; the decoder mirrors them
 TEACHER_EPOCHS = 20  # epochs of stage 1
@@ -73,24 +73,18 @@ EPOCHS = 100  # epochs of stage 2
 OPTIMIZER = "muon"  # muon, for matrices and kernels, with Adam for the rest; or adam for all
 LEARNING_RATE = 3e-3  # at the peak
 
-# --- The terms of the student's loss: four, and the latent one with a teacher ---
+# --- The five terms of the student's loss ---
 RECONSTRUCTION_WEIGHT = 0.3  # squared error of pixels in [0, 1], of a sample
 KL_WEIGHT = 0.1  # nats per image dimension; lower: more nats, less error
 KL_SCALE = 0.4  # times KL_WEIGHT: with 0.4 the student ends near the 87 nats quoted for the design
 RATE = None  # nats to hold the KL at, by a further factor that moves; None: its weight decides
-LATENT_WEIGHT = 0.3  # squared distance of mu to the teacher's projected mu, in nats; with a teacher
-LATENT_VARIANCE = 0.1  # that distance is divided by 2 × this; near the posterior's variance
-LATENT_FADE = 0.3  # fraction of the steps over which the latent term fades; 0: it does not
-LATENT_FLOOR = 0.1  # fraction of the latent term that remains when it has faded; 1: all
-OUTPUT_WEIGHT = 0.2  # difference from the target's pixels, of the mean
-OUTPUT_TARGET = "teacher"  # its output; or image, as always without a teacher
-OUTPUT_LOSS = "squared"  # squared: squared error of pixels; or softened: divergence at T
-TEMPERATURE = 3.0  # T of the softened output term; higher: dark and bright pixels weigh more
+LATENT_WEIGHT = 0.3  # squared distance of mu to the teacher's projected mu, in nats
+OUTPUT_WEIGHT = 0.2  # divergence from the teacher's pixels, of the mean, softened by T
+TEMPERATURE = 3.0  # T; higher: dark and bright pixels weigh more
 PERCEPTUAL_WEIGHT = 0.1  # squared distance of VGG16 features, of the mean
 PERCEPTUAL_SCALE = 4.0  # times PERCEPTUAL_WEIGHT: a mean over channels of unit vectors is small
-PERCEPTUAL_IMAGES = 8  # images of each batch that VGG16 sees; 0: all, less noisy and far slower
-PERCEPTUAL_START = 0.7  # fraction of the epochs before the perceptual term begins; 1: never
-PROJECTION = "orthonormal"  # of the teacher's mu; or fixed, random, free, identity (losses.py)
+PERCEPTUAL_IMAGES = 6  # images of each batch that VGG16 sees; 0: all, less noisy and far slower
+PROJECTION = "pixels"  # of the teacher's mu; or principal, free, identity (losses.py)
 VGG = "imagenet"  # imagenet (downloaded), random (untrained), none, or a state dict's path
 
 # --- Optimisation, both stages ---
@@ -114,7 +108,7 @@ OVERWRITE = False  # replace the run in these folders
 DEMO = False  # a small run without downloads, in folders demo/, which it replaces
 
 # What each may be: constants and flags are checked alike.
-AT_LEAST_0, FRACTION, CHANNELS = number(0, none=0.0), number(0, 1, none=0.0), several(whole(1), 4)
+AT_LEAST_0, CHANNELS = number(0, none=0.0), several(whole(1), 4)
 KINDS = {
     "DATA": text(), "LIMIT": whole(0, none=0),
     "TEACHER": file_path("train", none=None), "TEACHER_LATENT_DIM": whole(1),
@@ -125,16 +119,13 @@ KINDS = {
     "LEARNING_RATE": number(0, above=True),
     "RECONSTRUCTION_WEIGHT": AT_LEAST_0, "KL_WEIGHT": AT_LEAST_0, "KL_SCALE": number(0, above=True),
     "RATE": number(0, above=True, none=None),
-    "LATENT_WEIGHT": AT_LEAST_0, "LATENT_VARIANCE": number(0, above=True), "LATENT_FADE": FRACTION,
-    "LATENT_FLOOR": FRACTION, "OUTPUT_WEIGHT": AT_LEAST_0,
-    "OUTPUT_TARGET": one_of("teacher", "image"), "OUTPUT_LOSS": one_of("softened", "squared"),
-    "TEMPERATURE": number(0, above=True),
+    "LATENT_WEIGHT": AT_LEAST_0, "OUTPUT_WEIGHT": AT_LEAST_0, "TEMPERATURE": number(0, above=True),
     "PERCEPTUAL_WEIGHT": AT_LEAST_0, "PERCEPTUAL_SCALE": number(0, above=True),
-    "PERCEPTUAL_IMAGES": whole(0, none=0), "PERCEPTUAL_START": FRACTION,
+    "PERCEPTUAL_IMAGES": whole(0, none=0),
     "PROJECTION": one_of(*PROJECTIONS), "VGG": text(none="none"),
     "CALIBRATION": one_of("means", "both"),
     "BATCH_SIZE": whole(2),  # BatchNorm needs two images to have a variance
-    "WARMUP": FRACTION, "SEED": whole(0, 2**32 - 1),
+    "WARMUP": number(0, 1, none=0.0), "SEED": whole(0, 2**32 - 1),
     "DEVICE": one_of("auto", "cuda", "cpu", "mps"),
     "PRECISION": one_of("auto", "fp32", "bf16", "fp16"), "GRAPH": switch(),
     "CHECKPOINT_DIR": file_path(), "OUTPUT_DIR": file_path(),
@@ -144,7 +135,7 @@ KINDS = {
 # With --demo these replace the constants above; flags still count. The teacher is small, so that it
 # learns enough in the time to be better than its student.
 DEMO_SETTINGS = {
-    "data": "photo-crops", "limit": 9000, "teacher": "train", "teacher_latent_dim": 192,
+    "data": "photo-crops", "limit": 9000, "teacher_latent_dim": 192,
     "teacher_channels": (24, 48, 96, 192), "teacher_epochs": 12, "teacher_kl_weight": 0.003,
     "epochs": 2, "vgg": "none", "batch_size": 32,
 }
@@ -217,10 +208,12 @@ def distil_student(run, teacher, teacher_rows, vgg, student):
         student = TinyVAE32(s.latent_dim, s.encoder_channels, s.decoder_channels)
         student.to(run.device, memory_format=torch.channels_last)
     projection = val_mu = None
-    if targets:
-        projection = make_projection(s.projection, targets.mu, student.latent_dim, student_mu)
+    if targets and s.latent_weight:
+        projection = make_projection(
+            s.projection, targets.mu, run.images, student.latent_dim, student_mu
+        )
         projection.to(run.device)
-        val_mu = targets.val_mu if s.latent_weight else None
+        val_mu = targets.val_mu
     if vgg:
         vgg = VGGFeatures(vgg, DTYPES[run.precision]).to(run.device)
     seen = s.perceptual_images // world_size() or None  # of this process's part of a batch
@@ -229,7 +222,7 @@ def distil_student(run, teacher, teacher_rows, vgg, student):
     )
     optimizer = stage.optimizer
 
-    def step(has_perceptual):
+    def step():
         images, noise, index = stage.next_batch()
         with autocast(run.device, run.precision):
             mu, logvar = student.encode(images)
@@ -238,25 +231,22 @@ def distil_student(run, teacher, teacher_rows, vgg, student):
             # Users decode mu, so output and perceptual terms see what is decoded from it; one pass
             # for both, so that BatchNorm's statistics are of both.
             latents = torch.cat([z, mu]) if s.output_weight or s.perceptual_weight else z
-            logits = student.decode_logits(latents).float()
-            of_sample, *of_mean = torch.sigmoid(logits).split(len(z))
+            logits, *logits_of_mean = student.decode_logits(latents).float().split(len(z))
 
             # A term of weight zero is not computed.
             terms = {
                 "reconstruction": s.reconstruction_weight
-                and reconstruction_loss(of_sample, images),
+                and reconstruction_loss(torch.sigmoid(logits), images),
                 "kl": s.kl_weight and kl_loss(mu, logvar),
                 "latent": s.latent_weight
-                and latent_distillation_loss(mu, projection(targets.mu[index]), s.latent_variance),
-                "output": s.output_weight
-                and output_loss(of_mean[0], logits[len(z) :], images, index),
-                "perceptual": s.perceptual_weight
-                and perceptual(of_mean[0], images, has_perceptual),
+                and latent_distillation_loss(mu, projection(targets.mu[index])),
+                "output": s.output_weight and output(logits_of_mean[0], images, index),
+                "perceptual": s.perceptual_weight and perceptual(logits_of_mean[0], images),
             }
             weighted = {
                 "reconstruction": s.reconstruction_weight * terms["reconstruction"],
                 "kl": s.kl_weight * s.kl_scale * stage.kl_factor * terms["kl"],
-                "latent": s.latent_weight * fade() * terms["latent"],
+                "latent": s.latent_weight * terms["latent"],
                 "output": s.output_weight * terms["output"],
                 "perceptual": s.perceptual_weight * s.perceptual_scale * terms["perceptual"],
             }
@@ -269,32 +259,21 @@ def distil_student(run, teacher, teacher_rows, vgg, student):
             stage.hold_rate(terms["kl"], s.rate)
         stage.log(loss, terms, weighted)
 
-    def perceptual(reconstruction, images, is_on):
-        if not is_on:
-            return torch.zeros((), device=run.device)  # a term of metrics.csv from the start
+    def output(logits, images, index):
+        if targets is None:
+            return reconstruction_loss(torch.sigmoid(logits), images)
+        return output_distillation_loss(logits, targets.logits[index], s.temperature)
+
+    def perceptual(logits, images):
+        reconstruction = without_grid(torch.sigmoid(logits), images)
         return perceptual_loss(vgg, reconstruction[:seen], images[:seen])
-
-    def output_loss(reconstruction, logits, images, index):
-        is_image = s.output_target == "image"
-        if s.output_loss == "squared":
-            target = images if is_image else torch.sigmoid(targets.logits[index].float())
-            return reconstruction_loss(reconstruction, target)
-        # Black and white have no logit.
-        target = images.clamp(0.02, 0.98).logit() if is_image else targets.logits[index]
-        return output_distillation_loss(logits, target, s.temperature)
-
-    def fade():
-        """The latent term helps at the start; at full weight to the end, the error is higher."""
-        if not s.latent_fade:
-            return 1.0
-        return (1 - stage.progress / s.latent_fade).clamp_min(s.latent_floor)
 
     runs.resume(stage, runs.STUDENT_STATE)
     runs.save_student(stage, teacher, teacher_rows)
-    early, late = (stage.graphed(partial(step, is_late)) for is_late in (False, True))
-    for epoch in stage.epochs():
+    step = stage.graphed(step)
+    for _ in stage.epochs():
         for _ in stage.steps():
-            late() if run.has_perceptual(epoch) else early()
+            step()
         stage.validate()
         runs.save_student(stage, teacher, teacher_rows)
     return runs.best_student(run), teacher_rows + stage.rows
@@ -309,7 +288,7 @@ def distil(settings, device):
     if s.vgg == "none" or s.perceptual_weight == 0:
         s.vgg, s.perceptual_weight = "none", 0.0
     if s.teacher is None:
-        s.latent_weight, s.output_target = 0.0, "image"
+        s.latent_weight = 0.0
         if s.teacher_outputs:
             raise InputError("--teacher-outputs keeps a teacher's outputs: add a --teacher")
     if not any(getattr(s, f"{term}_weight") for term in TERMS):

@@ -164,6 +164,13 @@ class SumOverProcesses(torch.autograd.Function):
         return SumOverProcesses.forward(ctx, gradient)
 
 
+def mean_over_processes(tensor):
+    """The mean of a tensor over all processes; gradients reach every process's own."""
+    if world_size() == 1:
+        return tensor
+    return SumOverProcesses.apply(tensor) / world_size()
+
+
 class CPUSyncBatchNorm(nn.BatchNorm2d):
     """nn.SyncBatchNorm for CPUs, which it refuses."""
 

@@ -64,7 +64,7 @@ KINDS = {
 }
 
 # Runs of seconds. Each command is also the one that resumes.
-TINY = "--data dead-leaves --limit 64 --device cpu"
+TINY = "--data dead-leaves --limit 70 --device cpu"
 SHAPES = "8-12-16-24_64_24-16-12-8,4-8-12-16_64_16-12-8-4"
 FOLDERS = "--checkpoint-dir {run}/checkpoints --output-dir {run}/outputs"
 STUDENT = f"{TINY} --vgg random --batch-size 32 --teacher-channels 8,12,16,24 --epochs 3"
@@ -72,7 +72,7 @@ COMMANDS = {
     "distil": (
         "distill_tinyvae",
         f"{STUDENT} --teacher train --teacher-latent-dim 64 --teacher-epochs 2 --save-every 2 "
-        f"--perceptual-start 0.4 --rate 30 --resume {FOLDERS}",
+        f"--rate 30 --resume {FOLDERS}",
     ),
     "evaluate": (
         "test_trained_model",

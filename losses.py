@@ -1,5 +1,5 @@
-"""The terms of the student's loss; distill_tinyvae.py weights and adds them. The squared output
-term is `reconstruction_loss` of what is decoded from mu.
+"""The terms of the student's loss; distill_tinyvae.py weights and adds them. Without a teacher the
+output term is `reconstruction_loss` of what is decoded from mu.
 
 Squared errors are means over what they compare, pixel or feature values; nats are divided by the
 3,072 values of an image. With pixels and nats over the same divisor, the weight of the KL over that
@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from data import to_float
+from distributed import mean_over_processes
 from vae import PIXEL_VALUES
 
 TERMS = ("reconstruction", "kl", "latent", "output", "perceptual")  # in settings, metrics.csv
@@ -43,52 +45,88 @@ def kl_loss(mu, logvar):
 # --- The terms that learn from the teacher ---
 
 
+def covariance_of(teacher_mu):
+    """Mean, 512, and covariance, 512×512, of the teacher's mu, N×512, in double precision."""
+    codes = teacher_mu.detach().cpu().double()
+    mean = codes.mean(0)
+    centred = codes - mean
+    return mean, centred.T @ centred / len(centred)
+
+
+def inverse_root(covariance):
+    """C^(−½) of a covariance C. Directions without variance, as of a collapsed teacher, cannot be
+    whitened; a floor leaves them near zero."""
+    variance, directions = torch.linalg.eigh(covariance)
+    floor = 1e-6 * variance[-1].clamp_min(1e-12)
+    return directions * variance.clamp_min(floor).rsqrt() @ directions.T
+
+
+def pixel_whitening(teacher_mu, images, components):
+    """The whitened directions of the teacher's mu that explain most of the pixels, in that order.
+
+    With C the covariance of mu and X its cross-covariance with the pixels, 512×3072: the leading
+    left singular vectors of C^(−½) X, applied to C^(−½). Of all linear maps of mu of rank r, that
+    through the first r of these predicts the pixels best: reduced-rank regression (Izenman 1975,
+    "Reduced-rank regression for the multivariate linear model").
+
+    Args:
+        teacher_mu: of the training images, N×512.
+        images: the same images, uint8, N×3×32×32.
+        components: directions to return.
+
+    Returns the mean of mu, 512, and the directions, components×512, in single precision.
+    """
+    mean, covariance = covariance_of(teacher_mu)
+    whiten = inverse_root(covariance)
+    cross = torch.zeros(len(mean), images[0].numel(), dtype=torch.double)       # 512×3072
+    for codes, chunk in zip(teacher_mu.split(2000), images.split(2000)):
+        # A mean of codes of zero makes that of the pixels indifferent.
+        centred = codes.detach().cpu().double() - mean
+        cross += (centred.float().T @ to_float(chunk).cpu().flatten(1)).double()
+    explained = whiten @ cross / len(images)
+    _, directions = torch.linalg.eigh(explained @ explained.T)                  # ascending
+    return mean.float(), (directions.flip(1)[:, :components].T @ whiten).float()
+
+
+def principal_whitening(teacher_mu, components):
+    """The same with the directions in which mu varies most: its principal components."""
+    mean, covariance = covariance_of(teacher_mu)
+    _, directions = torch.linalg.eigh(covariance)                               # ascending
+    return mean.float(), (directions.flip(1)[:, :components].T @ inverse_root(covariance)).float()
+
+
 class LatentProjection(nn.Module):
     """The teacher's 512 latents → the student's 64: learnable, and unable to collapse.
 
         t = Q W (mu_T − m)
 
-    m is the mean of the teacher's mu over the training images. W, fixed, whitens it: the leading
-    principal components, each divided by its standard deviation. Q, learned, has orthonormal
-    rows. So over the training images every t has zero mean, unit variance, and no correlation
-    with another, whatever Q learns: shrinking towards a target that teaches nothing, or copying
-    one easy direction into all 64, is out of reach. Learning is left with choosing the directions
-    and turning them. Q starts as the identity: the 64 leading components. It learns along the
-    Stiefel manifold: its gradient is tangent to it, and `retract` follows each optimiser step.
+    m is the mean of the teacher's mu over the training images. W, fixed, whitens 128 directions
+    of mu. Q, learned, has orthonormal rows. So over the training images every t has zero mean,
+    unit variance, and no correlation with another, whatever Q learns: shrinking towards a target
+    that teaches nothing, or copying one easy direction into all 64, is out of reach. Learning is
+    left with choosing the directions and turning them. Q starts as the identity: the 64 leading
+    directions. It learns along the Stiefel manifold: its gradient is tangent to it, and `retract`
+    follows each optimiser step.
+
+    The directions are those that explain most of the pixels: `pixel_whitening`. A VAE's mu all
+    have a variance near 1, so the directions in which mu varies most, its principal components
+    (`principal_whitening`), say nothing about what matters for a picture.
 
     A plain linear map trained on ‖mu_S − P mu_T‖² has its optimum at P = 0, aided by the KL term;
     hence the fixed teachers of FitNets (arXiv:1412.6550), and the normalisation of SRD (Miles et
     al. 2023, "Understanding the role of the projector in knowledge distillation").
 
     Args:
-        teacher_mu: the teacher's mu of the training images, N×512. Sets m and W.
-        latent_dim: the student's latents.
-        components: how many principal components Q chooses from; at least latent_dim are taken.
-
-    Raises ValueError if the teacher has fewer latents than the student.
+        mean: m, of the teacher's mu, 512.
+        whitening: W, 128×512, from the function named above.
+        latent_dim: the student's latents, at most as many as W has rows.
     """
 
-    def __init__(self, teacher_mu, latent_dim, components=128):
+    def __init__(self, mean, whitening, latent_dim):
         super().__init__()
-        teacher_dim = teacher_mu.shape[1]
-        if teacher_dim < latent_dim:
-            raise ValueError(
-                f"the teacher has {teacher_dim} latents, fewer than the student's {latent_dim}"
-            )
-        components = min(max(components, latent_dim), teacher_dim)
-        codes = teacher_mu.detach().cpu().double()
-        mean = codes.mean(0)
-        centred = codes - mean
-        covariance = centred.T @ centred / len(centred)
-        variance, directions = torch.linalg.eigh(covariance)  # ascending
-        variance, directions = variance.flip(0)[:components], directions.flip(1)[:, :components]
-        # A direction without variance (fewer images than latents, or a collapsed teacher) cannot
-        # be whitened; the floor leaves it near zero, where projected_std shows it.
-        scale = variance.clamp_min(1e-6 * variance[0].clamp_min(1e-12)).rsqrt()
-        self.register_buffer("mean", mean.float())                             # 512
-        self.register_buffer("whitening", (directions * scale).T.float())      # components×512
-
-        self.rotation = nn.Linear(components, latent_dim, bias=False)          # Q, 64×components
+        self.register_buffer("mean", mean)                                     # 512
+        self.register_buffer("whitening", whitening)                           # 128×512
+        self.rotation = nn.Linear(len(whitening), latent_dim, bias=False)      # Q, 64×128
         nn.init.eye_(self.rotation.weight)
         self.rotation.weight.register_hook(self.tangent)
 
@@ -126,12 +164,11 @@ class LatentProjection(nn.Module):
 class FreeProjection(nn.Module):
     """A linear map from the same start, learned without constraint: it may shrink towards zero."""
 
-    def __init__(self, teacher_mu, latent_dim):
+    def __init__(self, start):
         super().__init__()
-        start = LatentProjection(teacher_mu, latent_dim)
-        self.linear = nn.Linear(teacher_mu.shape[1], latent_dim)
+        weight = start.rotation.weight @ start.whitening
+        self.linear = nn.Linear(weight.shape[1], weight.shape[0])
         with torch.no_grad():
-            weight = start.rotation.weight @ start.whitening
             self.linear.weight.copy_(weight)
             self.linear.bias.copy_(-weight @ start.mean)
 
@@ -153,45 +190,58 @@ class NoProjection(nn.Module):
         """Nothing: nothing is learned."""
 
 
-PROJECTIONS = ("orthonormal", "random", "fixed", "free", "identity")
+PROJECTIONS = ("pixels", "principal", "free", "identity")
 
 
-def make_projection(kind, teacher_mu, latent_dim, student_mu=None):
+def make_projection(kind, teacher_mu, images, latent_dim, student_mu=None, components=128):
     """A projection of the teacher's mu to the student's latents.
 
     Args:
-        kind: `orthonormal` starts at the leading principal components and learns; `random` starts
-            at random directions of the leading 128; `fixed` does not learn; `free` is a
-            FreeProjection; `identity` a NoProjection.
+        kind: `pixels`, a LatentProjection that starts at the directions that explain most of the
+            pixels; `principal`, one that starts at the principal components; `free`, a
+            FreeProjection from the start of `pixels`; `identity`, a NoProjection.
         teacher_mu: of the training images, N×512.
+        images: the same images, uint8, N×3×32×32.
         latent_dim: the student's.
         student_mu: of the same images, N×latent_dim, where the student is trained already: the
-            projection then starts as near to that code as it can. From the principal components,
+            projection then starts as near to that code as it can. From the leading directions,
             the code would first have to turn.
+        components: directions that Q chooses from; at least latent_dim are taken, and at most
+            all there are.
+
+    Raises ValueError if the teacher has fewer latents than the student.
     """
-    if kind == "free":
-        return FreeProjection(teacher_mu, latent_dim)
     if kind == "identity":
         return NoProjection()
-    projection = LatentProjection(teacher_mu, latent_dim)
-    with torch.no_grad():
-        if kind == "random":
-            nn.init.orthogonal_(projection.rotation.weight)
-        elif student_mu is not None:
-            # Orthogonal Procrustes (Schönemann 1966): Q = UVᵀ of the covariance of the two codes.
-            whitened = (teacher_mu.cpu() - projection.mean) @ projection.whitening.T
-            u, _, v = torch.linalg.svd(student_mu.cpu().T @ whitened, full_matrices=False)
+    teacher_dim = teacher_mu.shape[1]
+    if teacher_dim < latent_dim:
+        raise ValueError(
+            f"the teacher has {teacher_dim} latents, fewer than the student's {latent_dim}"
+        )
+    components = min(max(components, latent_dim), teacher_dim)
+    if kind == "principal":
+        mean, whitening = principal_whitening(teacher_mu, components)
+    else:
+        mean, whitening = pixel_whitening(teacher_mu, images, components)
+    projection = LatentProjection(mean, whitening, latent_dim)
+    if kind == "free":
+        return FreeProjection(projection)
+    if student_mu is not None:
+        # Orthogonal Procrustes (Schönemann 1966): Q = UVᵀ of the covariance of the two codes.
+        whitened = (teacher_mu.cpu() - mean) @ whitening.T
+        u, _, v = torch.linalg.svd(student_mu.cpu().T @ whitened, full_matrices=False)
+        with torch.no_grad():
             projection.rotation.weight.copy_(u @ v)
-    return projection.requires_grad_(kind != "fixed")
+    return projection
 
 
-def latent_distillation_loss(mu, projected, variance):
-    """½ ‖mu_S − t‖² / variance / 3072, summed over latents, mean over the batch.
+def latent_distillation_loss(mu, projected):
+    """½ ‖mu_S − t‖² / 3072, summed over latents, mean over the batch.
 
-    The KL in nats between N(mu_S, variance · I) and N(t, variance · I), so in the unit of the KL
-    term. It compares means: the noise of a sample teaches nothing.
+    The KL in nats between N(mu_S, I) and N(t, I), so in the unit of the KL term. It compares
+    means: the noise of a sample teaches nothing.
     """
-    return 0.5 * (mu - projected).square().sum(1).mean() / (variance * PIXEL_VALUES)
+    return 0.5 * (mu - projected).square().sum(1).mean() / PIXEL_VALUES
 
 
 def output_distillation_loss(logits, teacher_logits, temperature):
@@ -209,6 +259,31 @@ def output_distillation_loss(logits, teacher_logits, temperature):
         torch.sigmoid(teacher) * (teacher - student) + F.softplus(student) - F.softplus(teacher)
     )
     return 0.5 * temperature**2 * divergence.mean()
+
+
+def without_grid(reconstruction, images, period=8):
+    """The reconstructions less the grid that all of them share, so that VGG16 does not see it.
+
+    A decoder that doubles the size in each stage can add a fixed grid of a few grey levels to
+    every picture, and a network trained to have little VGG distance learns to: VGG16, this one or
+    another, takes it for texture. Here the mean error of each of the 8×8 phases of a pixel's
+    position, over the batch, is taken out, less the mean over the phases. That can be
+    differentiated, so a grid of period 2, 4 or 8 earns nothing.
+
+    Args:
+        reconstruction, images: N×3×32×32 in [0, 1].
+        period: of the grid, pixels; a divisor of 32.
+    """
+    grid = mean_over_processes(fixed_grid(reconstruction - images, period))     # 3×8×8
+    repeats = images.shape[-1] // period
+    return reconstruction - grid.repeat(1, repeats, repeats)
+
+
+def fixed_grid(errors, period):
+    """Mean of errors, N×3×32×32, in each phase of a pixel's position, 3×period×period, less the
+    mean over the phases."""
+    phases = errors.mean(0).unflatten(2, (-1, period)).unflatten(1, (-1, period)).mean((1, 3))
+    return phases - phases.mean((1, 2), keepdim=True)
 
 
 def perceptual_loss(vgg, reconstruction, images):

@@ -12,8 +12,9 @@ import numpy as np
 import torch
 
 from data import to_float
-from losses import kl_divergence
+from losses import fixed_grid, kl_divergence
 from runtime import autocast
+from vae import IMAGE_SHAPE
 
 EVALUATION_BATCH = 500  # images at once
 ACTIVE_VARIANCE = 0.01  # a latent whose mu varies less than this carries nothing
@@ -50,10 +51,13 @@ def evaluate_images(reconstruct, images, with_ssim=False, with_detail=False):
     of a least-squares line of reconstruction on original over all pixels, each less its mean over
     the image. It is 1 where contrasts are kept, 0 where every image is flat. luma_kept,
     chroma_kept, and mean_chroma_kept, the same of the images' mean colours; those are left out of
-    which the originals have nothing, as of colour in grey images.
+    which the originals have nothing, as of colour in grey images. And grid_2, grid_4 and grid_8:
+    the largest size of a grid of that period in pixels that all reconstructions share
+    (`fixed_grid`), which VGG16 takes for texture.
     """
     found = {"mse": [], "psnr": []} | ({"ssim": []} if with_ssim else {})
     products = torch.zeros(3, 2, device=images.device)
+    error = torch.zeros(IMAGE_SHAPE, device=images.device)
     for chunk in images.split(EVALUATION_BATCH):
         batch = to_float(chunk)
         reconstruction = reconstruct(batch)
@@ -64,11 +68,16 @@ def evaluate_images(reconstruct, images, with_ssim=False, with_detail=False):
             found["ssim"].append(ssim(reconstruction, batch))
         if with_detail:
             products += detail_products(batch, reconstruction)
+            error += (reconstruction - batch).sum(0)
     found = {name: torch.cat(values).mean().item() for name, values in found.items()}
     names = ("luma_kept", "chroma_kept", "mean_chroma_kept")
     for name, (product, square) in zip(names, products.tolist()):
         if square > 1e-6 * len(images):
             found[name] = product / square
+    if with_detail:
+        for period in (2, 4, 8):
+            grid = fixed_grid(error[None] / len(images), period)
+            found[f"grid_{period}"] = grid.abs().max().item()
     return found
 
 
@@ -120,8 +129,13 @@ def evaluate_vae(vae, images, precision="fp32", with_ssim=False, with_detail=Fal
     return found | {
         "kl_nats": kl_nats,
         "kl_per_latent": kl_nats / vae.latent_dim,
-        "active_dims": int((mu.var(0, correction=0) > ACTIVE_VARIANCE).sum()),
+        "active_dims": count_active(mu),
     }
+
+
+def count_active(mu):
+    """How many latents carry anything: those whose mu varies over the images."""
+    return int((mu.var(0, correction=0) > ACTIVE_VARIANCE).sum())
 
 
 @torch.no_grad()

@@ -60,7 +60,11 @@ def refuse_other_weights(weights, expected):
         is_tensor = isinstance(tensor, torch.Tensor)
         if not is_tensor or tensor.shape != expected[name].shape:
             shape = list(tensor.shape) if is_tensor else type(tensor).__name__
-            raise ValueError(f"{name} is {shape}, not {list(expected[name].shape)}")
+            what = f"{name} is {shape}, not {list(expected[name].shape)}"
+            # The width of this one is channels × positions; its height, latents.
+            if is_tensor and name == "fc_mu.weight" and len(tensor) == len(expected[name]):
+                what += ": it was made for images of another size than 32×32"
+            raise ValueError(what)
         if tensor.layout != torch.strided:
             raise ValueError(f"{name} is {tensor.layout}, not dense")
         if tensor.dtype != expected[name].dtype:

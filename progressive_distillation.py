@@ -33,9 +33,7 @@ HERE = Path(__file__).resolve().parent
 STAGES = ("32-64-128-256_64_256-128-64-32", "16-32-64-128_64_128-64-32-16")  # their students
 EPOCHS = (30, 30)  # of each stage
 LATENT_WEIGHTS = (0.3, 0.3)  # of the latent term: distance to the code of the stage before
-PROJECTIONS = ("orthonormal", "identity")  # of that code; identity where it has as many latents
-OUTPUT_TARGETS = ("teacher", "teacher")  # of the output term: the stage before, or the image
-LATENT_FLOOR = 0.0  # fraction of the latent term that remains when it has faded
+PROJECTIONS = ("pixels", "identity")  # of that code; identity where it has as many latents
 
 # --- Training, with all else as at the top of distill_tinyvae.py ---
 TEACHER = "teacher_vae.pth"  # of the first stage: a file in the checkpoint folder, or a path
@@ -61,8 +59,6 @@ KINDS = {
     "STAGES": several(shape()), "EPOCHS": several(whole(1)),
     "LATENT_WEIGHTS": several(number(0, none=0.0)),
     "PROJECTIONS": several(one_of(*losses.PROJECTIONS)),
-    "OUTPUT_TARGETS": several(one_of("teacher", "image")),
-    "LATENT_FLOOR": number(0, 1, none=0.0),
     "TEACHER": file_path(), "DATA": text(none=None), "LIMIT": whole(0, none=0),
     "RATE": number(0, above=True), "VGG": text(none="none"), "SEED": whole(0, 2**32 - 1),
     "DIRECT": switch(),
@@ -71,7 +67,7 @@ KINDS = {
     "PRECISION": one_of("auto", "fp32", "bf16", "fp16"), "CHECKPOINT_DIR": file_path(),
     "OUTPUT_DIR": file_path(),
 }
-PER_STAGE = ("epochs", "latent_weights", "projections", "output_targets")
+PER_STAGE = ("epochs", "latent_weights", "projections")
 
 COLUMNS = (
     "student", "shape", "parameters", "split", "epochs", "computing", "mse", "sampled_mse",
@@ -112,7 +108,6 @@ def train_stages(comparison):
             comparison, f"stage {i + 1}", stage_shape, s.epochs[i],
             teacher=teacher, teacher_outputs=comparison.folder / kept,
             latent_weight=s.latent_weights[i], projection=s.projections[i],
-            output_target=s.output_targets[i], latent_floor=s.latent_floor,
         )
         yield row
         teacher = row["path"]
@@ -129,7 +124,6 @@ def train_directly(comparison, stages):
         yield train(
             comparison, f"direct, {budget}", s.stages[-1], epochs,
             latent_weight=s.latent_weights[0], projection=s.projections[0],
-            output_target=s.output_targets[0], latent_floor=s.latent_floor,
         )
         yield train(
             comparison, f"no teacher, {budget}", s.stages[-1], epochs,

@@ -21,25 +21,27 @@ def print_summary(run):
     kl += "against the reconstruction term alone)"
     if s.rate:
         kl = f"held at {s.rate:g} nats by its weight"
-    output = f"at T = {s.temperature:g}" if s.output_loss == "softened" else "squared"
-    teacher = "none: no term needs one"
+    left_out = [term for term in TERMS if not getattr(s, f"{term}_weight")]
     if s.teacher is None:
         teacher = "none: no latent term, and the output term compares with the image"
-    elif s.teacher != "train":
-        teacher = f"{record['teacher_architecture']['name']}, {s.teacher}"
-    elif run.needs_teacher:
+    elif not run.needs_teacher:
+        teacher = "none: no term needs one"
+    elif s.teacher == "train":
         teacher = (
             f"StandardVAE, {s.teacher_epochs} epochs, beta {s.teacher_kl_weight:g}, Adam, peak "
             f"learning rate {s.teacher_learning_rate:g}"
         )
+    else:
+        teacher = f"{record['teacher_architecture']['name']}, {s.teacher}"
     print(
         f"images       {record['data']}: {record['train_images']:,} to train on, "
         f"{record['val_images']:,} held out\n"
         f"teacher      {teacher}\n"
         f"student      TinyVAE32, {s.epochs} epochs, from {s.start or 'random weights'}\n"
         f"loss         {weights}\n"
-        f"             output: the {s.output_target}'s pixels, {output}; perceptual × "
-        f"{s.perceptual_scale:g}, from {s.perceptual_start:.0%} of the epochs on\n"
+        f"             left out: {', '.join(left_out) or 'none'}\n"
+        f"             output at T = {s.temperature:g}; perceptual × {s.perceptual_scale:g}, of "
+        f"{s.perceptual_images or 'all'} images of a batch\n"
         f"             KL {kl}\n"
         f"VGG16        {record['vgg_weights']}\n"
         f"optimiser    {s.optimizer.capitalize()}, peak learning rate {s.learning_rate:g}, batch "

@@ -23,6 +23,7 @@ from storage import (
     write_csv,
     write_json,
 )
+from teacher_outputs import check_teacher
 from tiny_vae_32 import TinyVAE32
 from vae import VAE
 from vgg import load_vgg16
@@ -58,6 +59,8 @@ COMPARED = (
     "start_sha256", "architecture",
 )
 
+CHECKED = 500  # training images that a teacher is tried on before the work
+
 REMEDY = "--overwrite to start again, or another --checkpoint-dir and --output-dir"
 IN_WORDS = {
     "with_teacher": "one has a teacher, --teacher, and the other has none",
@@ -83,19 +86,13 @@ class Run:
     def needs_teacher(self):
         """Whether any term of the student's loss needs the teacher."""
         s = self.settings
-        return s.latent_weight > 0 or (s.output_weight > 0 and s.output_target == "teacher")
-
-    def has_perceptual(self, epoch):
-        """Whether an epoch of the student, counted from 1, has the perceptual term."""
-        s = self.settings
-        return s.perceptual_weight > 0 and epoch > s.perceptual_start * s.epochs
+        return s.teacher is not None and (s.latent_weight > 0 or s.output_weight > 0)
 
     def may_be_best(self, epoch):
         """Whether an epoch of the student competes for the best: with --rate the last alone, since
-        before it the rate is another; else one with the perceptual term, which costs squared error,
-        where there is one."""
+        before it the rate is another."""
         s = self.settings
-        return epoch == s.epochs if s.rate else self.has_perceptual(epoch)
+        return not s.rate or epoch == s.epochs
 
     def checkpoint(self, name):
         return self.settings.checkpoint_dir / name
@@ -185,6 +182,13 @@ def begin(settings, device):
             f"--projection identity takes the teacher's code as it is, but the teacher has "
             f"{s.teacher_latent_dim} latents and the student {s.latent_dim}: name another one"
         )
+    if s.latent_weight and s.projection != "identity" and len(run.images) <= s.latent_dim:
+        raise InputError(
+            f"{len(run.images)} training images are too few to project the teacher's latents to "
+            f"{s.latent_dim}: at least {s.latent_dim + 1} are needed"
+        )
+    if teacher_file and run.needs_teacher:
+        check_teacher(teacher.to(device), run.images[:CHECKED], teacher_file, s.latent_dim)
     with contextlib.ExitStack() as locks:
         if not rank():
             for folder in sorted({path.resolve() for path in (s.checkpoint_dir, s.output_dir)}):

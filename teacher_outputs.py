@@ -6,7 +6,7 @@ import torch
 
 from data import to_float
 from distributed import rank
-from metrics import EVALUATION_BATCH, encode_means
+from metrics import ACTIVE_VARIANCE, EVALUATION_BATCH, count_active, encode_means
 from runtime import InputError, autocast, progress_bar
 from storage import check_writable, fingerprint, load_checkpoint, save_checkpoint
 
@@ -59,6 +59,40 @@ def read_cache(cache, made_from, device):
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{cache} is damaged: delete it, and it is computed again") from error
     return None
+
+
+@torch.no_grad()
+def check_teacher(teacher, images, path, latent_dim):
+    """Raise InputError for a teacher that was trained on pixels in another range; warn of one with
+    fewer latents alive than the student has.
+
+    Args:
+        teacher: a VAE in evaluation mode.
+        images: some of the training images, uint8, on the teacher's device.
+        path: the teacher's file.
+        latent_dim: the student's latents.
+    """
+    pixels = to_float(images)
+    teacher.check_range = False
+    errors, mu = {}, {}
+    for name, factor, offset in (("[0, 1]", 1, 0), ("[-1, 1]", 2, -1), ("[0, 255]", 255, 0)):
+        mu[name], _ = teacher.encode(pixels * factor + offset)
+        errors[name] = (teacher.decode(mu[name]) - pixels).square().mean().item()
+    teacher.check_range = True
+    best = min(errors, key=errors.get)
+    if errors[best] < 0.5 * errors["[0, 1]"]:
+        raise InputError(
+            f"{path} was trained on pixels in {best}, and pixels here are in [0, 1] (MSE "
+            f"{errors['[0, 1]']:.4f}, scaled to {best} {errors[best]:.4f}): train one with "
+            "--teacher train"
+        )
+    alive = count_active(mu["[0, 1]"])
+    if alive < latent_dim:
+        print(
+            f"Warning: {alive} of the {teacher.latent_dim} latents of {path} are alive (variance "
+            f"of mu above {ACTIVE_VARIANCE}), fewer than the student's {latent_dim}: the latent "
+            "term can teach no more than these"
+        )
 
 
 @torch.no_grad()

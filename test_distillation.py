@@ -170,12 +170,11 @@ def test_weights_make_the_beta_that_is_printed(tiny_run):
     torch.testing.assert_close(weighted, 0.3 * summed / (8 * 3072))
 
 
-def test_latent_term_is_the_divergence_of_two_gaussians_of_its_variance():
+def test_latent_term_is_the_divergence_of_two_gaussians():
     mu, projected = random_normal(8, 64), random_normal(8, 64, seed=1)
-    student, teacher = (torch.distributions.Normal(mean, 0.2**0.5) for mean in (mu, projected))
+    student, teacher = (torch.distributions.Normal(mean, 1.0) for mean in (mu, projected))
     expected = torch.distributions.kl_divergence(student, teacher).sum(1).mean() / 3072
-    found = losses.latent_distillation_loss(mu, projected, 0.2)
-    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(losses.latent_distillation_loss(mu, projected), expected)
 
 
 def test_output_term_is_a_softened_bernoulli_divergence():
@@ -228,6 +227,29 @@ def test_perceptual_term_sees_differences_and_trains_only_the_images():
     assert found == pytest.approx(expected, rel=1e-4)
 
 
+def test_a_grid_that_all_reconstructions_share_is_not_seen_and_earns_nothing():
+    images, reconstruction = random_images(16), random_images(16, seed=1)
+    free = losses.without_grid(reconstruction, images)
+    for period in (2, 4, 8):
+        grid = 0.1 * random_normal(3, period, period, seed=period)
+        tiled = grid.repeat(1, 32 // period, 32 // period)
+        overall = grid.mean((1, 2)).view(3, 1, 1)  # a shift of the brightness is no grid
+        torch.testing.assert_close(
+            losses.without_grid(reconstruction + tiled, images), free + overall
+        )
+        found = losses.fixed_grid(reconstruction + tiled - images, period)
+        found = found - losses.fixed_grid(reconstruction - images, period)
+        torch.testing.assert_close(found, grid - overall)
+    assert losses.fixed_grid(free - images, 8).abs().max() < 1e-6
+    # What is compared has no slope along a grid, whatever compares it.
+    size = torch.zeros((), requires_grad=True)
+    tiled = random_normal(3, 8, 8).repeat(1, 4, 4)
+    tiled = tiled - tiled.mean((1, 2), keepdim=True)
+    looked_at = losses.without_grid(reconstruction + size * tiled, images)
+    (looked_at[:4] * random_normal(4, 3, 32, 32)).sum().backward()
+    assert size.grad.abs() < 1e-3
+
+
 def test_vgg16_comes_from_where_it_is_said_to(tmp_path):
     layers, record = vgg.load_vgg16("random", seed=1)
     assert record != vgg.load_vgg16("random", seed=2)[1]
@@ -260,18 +282,47 @@ def correlated_mu(count=2000, teacher_dim=96, seed=0):
     return (random_normal(count, teacher_dim, seed=seed + 1) * scale) @ mixing + 3
 
 
-def test_projection_is_white_and_starts_at_the_leading_components():
+def images_of(mu, seed=0):
+    """Noisy images that depend on a code, on its last directions most."""
+    weight = torch.linspace(0, 1, mu.shape[1])[:, None]
+    mixing = weight * random_normal(mu.shape[1], 3072, seed=seed)
+    pixels = 0.5 + 0.02 * (mu - mu.mean(0)) / mu.std(0) @ mixing
+    pixels = pixels + 0.05 * random_normal(len(mu), 3072, seed=seed + 1)
+    return (255 * pixels.clamp(0, 1)).to(torch.uint8).view(-1, 3, 32, 32)
+
+
+def project(mu, latent_dim=16, components=32, kind="pixels"):
+    return losses.make_projection(kind, mu, images_of(mu), latent_dim, None, components)
+
+
+@pytest.mark.parametrize("kind", ["pixels", "principal"])
+def test_projection_is_white(kind):
     mu = correlated_mu()
-    projection = losses.LatentProjection(mu, latent_dim=16, components=32)
-    projected = projection(mu)
+    projected = project(mu, kind=kind)(mu)
     torch.testing.assert_close(projected.mean(0), torch.zeros(16), atol=1e-3, rtol=0)
     covariance = projected.T @ projected / len(mu)
     torch.testing.assert_close(covariance, torch.eye(16), atol=1e-2, rtol=0)
-    # The first coordinate is the code along the direction that varies most.
+
+
+def test_projection_starts_at_the_directions_that_explain_most_of_the_pixels():
+    # Eight latents of which the pixels depend on three, most on the last; the others vary more.
+    mu = random_normal(4000, 8) * torch.tensor([9, 9, 9, 9, 9, 1, 1, 1.0]) + 2
+    mixing = torch.zeros(8, 3072)
+    mixing[5:] = random_normal(3, 3072) * torch.tensor([0.5, 1, 2])[:, None]
+    pixels = (127 + 10 * (mu - 2) @ mixing).clamp(0, 255).to(torch.uint8)
+    projected = losses.make_projection("pixels", mu, pixels.view(-1, 3, 32, 32), 3)(mu)
+    correlation = torch.corrcoef(torch.cat([projected, mu], 1).T)[:3, 3:].abs()
+    assert correlation.argmax(1).tolist() == [7, 6, 5] and correlation.amax(1).min() > 0.99
+    leading = losses.make_projection("principal", mu, pixels.view(-1, 3, 32, 32), 3)(mu)
+    assert torch.corrcoef(torch.cat([leading, mu], 1).T)[:3, 8:].abs().max() < 0.1
+
+
+def test_the_principal_projection_starts_at_the_direction_that_varies_most():
+    mu = correlated_mu()
     _, _, directions = torch.linalg.svd(mu - mu.mean(0), full_matrices=False)
     leading = (mu - mu.mean(0)) @ directions[0]
-    correlation = torch.corrcoef(torch.stack([leading, projected[:, 0]]))[0, 1]
-    assert correlation.abs() > 0.999
+    first = project(mu, kind="principal")(mu)[:, 0]
+    assert torch.corrcoef(torch.stack([leading, first]))[0, 1].abs() > 0.999
 
 
 @pytest.mark.parametrize("target", ["nothing", "one direction"])
@@ -279,14 +330,14 @@ def test_projection_cannot_collapse(target):
     # The pull that makes a plain linear map collapse: a student that stays at zero, or one that
     # knows a single direction and has copied it into every latent.
     mu = correlated_mu()
-    projection = losses.LatentProjection(mu, latent_dim=16, components=32)
+    projection = project(mu)
     before = projection.rotation.weight.detach().clone()
     direction = projection(mu).detach()[:, :1].expand(-1, 16)
     student_mu = torch.zeros(len(mu), 16) if target == "nothing" else direction
     optimizer = torch.optim.Adam(projection.parameters(), lr=0.05)
     for _ in range(100):
         optimizer.zero_grad()
-        losses.latent_distillation_loss(student_mu, projection(mu), 0.1).backward()
+        losses.latent_distillation_loss(student_mu, projection(mu)).backward()
         optimizer.step()
         projection.retract()
     projected = projection(mu).detach()
@@ -297,24 +348,26 @@ def test_projection_cannot_collapse(target):
 
 
 def test_projection_works_for_a_teacher_without_variance_and_not_for_one_with_fewer_latents():
-    projection = losses.LatentProjection(torch.ones(10, 96), latent_dim=16)
+    projection = project(torch.ones(10, 96) + 0 * random_normal(10, 96), kind="principal")
     assert projection(torch.ones(10, 96)).abs().max() < 1e-3
     line = random_normal(50, 1) * torch.linspace(1, 2, 96)  # varies in one direction alone
-    projected = losses.LatentProjection(line, latent_dim=16)(line)
-    assert projected[:, 0].std() > 0.9 and projected[:, 1:].abs().max() < 0.05
-    assert losses.LatentProjection(random_normal(50, 16), latent_dim=16)(torch.ones(1, 16)).shape
+    for kind in ("pixels", "principal"):
+        projected = project(line, kind=kind)(line)
+        assert projected[:, 0].std() > 0.9 and projected[:, 1:].abs().max() < 0.05
+    assert project(random_normal(50, 16))(torch.ones(1, 16)).shape == (1, 16)
     with pytest.raises(ValueError, match="8 latents, fewer than the student's 16"):
-        losses.LatentProjection(torch.ones(10, 8), latent_dim=16)
+        project(torch.ones(10, 8))
 
 
 def test_projection_is_the_same_for_a_code_of_any_scale():
     mu = correlated_mu()
-    large, small = (losses.LatentProjection(s * mu, 16)(s * mu) for s in (1, 1e-4))
-    torch.testing.assert_close(small, large, atol=1e-3, rtol=0)
+    for kind in ("pixels", "principal"):
+        large, small = (project(s * mu, kind=kind)(s * mu) for s in (1, 1e-4))
+        torch.testing.assert_close(small.abs(), large.abs(), atol=1e-2, rtol=0)
 
 
 def test_projection_to_more_latents_than_are_usually_kept():
-    projection = losses.LatentProjection(random_normal(600, 256), latent_dim=200)
+    projection = project(random_normal(600, 256), latent_dim=200)
     rows = projection.rotation.weight
     assert rows.shape == (200, 200)
     torch.testing.assert_close(rows @ rows.T, torch.eye(200), atol=1e-5, rtol=0)
@@ -322,27 +375,27 @@ def test_projection_to_more_latents_than_are_usually_kept():
 
 def test_projections_are_what_they_are_called():
     mu = random_normal(500, 160) * torch.linspace(3, 0.1, 160)
-    leading = losses.make_projection("orthonormal", mu, 8)
-    assert leading.whitening.shape == (128, 160)
-    torch.testing.assert_close(leading(mu), losses.LatentProjection(mu, 8)(mu))
-    assert all(parameter.requires_grad for parameter in leading.parameters())
-    free = losses.make_projection("free", mu, 8)
+    images = images_of(mu)
+    pixels = losses.make_projection("pixels", mu, images, 8)
+    assert pixels.whitening.shape == (128, 160)
+    assert all(parameter.requires_grad for parameter in pixels.parameters())
+    free = losses.make_projection("free", mu, images, 8)
     assert isinstance(free, losses.FreeProjection)
-    torch.testing.assert_close(free(mu), leading(mu), atol=1e-4, rtol=1e-4)
-    fixed = losses.make_projection("fixed", mu, 8)
-    torch.testing.assert_close(fixed(mu), leading(mu))
-    assert not any(parameter.requires_grad for parameter in fixed.parameters())
-    other = losses.make_projection("random", mu, 8)(mu)
-    assert (other - leading(mu)).abs().mean() > 0.5
-    torch.testing.assert_close(other.T @ other / 500, torch.eye(8), atol=1e-3, rtol=0)
+    torch.testing.assert_close(free(mu), pixels(mu), atol=1e-4, rtol=1e-4)
+    principal = losses.make_projection("principal", mu, images, 8)
+    assert (principal(mu) - pixels(mu)).abs().mean() > 0.5
+    assert torch.equal(losses.make_projection("identity", mu, images, 160)(mu), mu)
 
 
-@pytest.mark.parametrize("kind", ["orthonormal", "fixed"])
+@pytest.mark.parametrize("kind", ["pixels", "principal"])
 def test_the_projection_of_a_trained_student_starts_nearest_to_its_code(kind):
     mu = random_normal(500, 160) * torch.linspace(3, 0.1, 160) + 2
-    rotated = losses.make_projection("random", mu, 8)(mu).detach()
+    images = images_of(mu)
+    projection = losses.make_projection(kind, mu, images, 8)
+    torch.nn.init.orthogonal_(projection.rotation.weight)
+    rotated = projection(mu).detach()
     for offset in (0, 5):  # which a rotation cannot make
-        fitted = losses.make_projection(kind, mu, 8, rotated + offset)
+        fitted = losses.make_projection(kind, mu, images, 8, rotated + offset)
         torch.testing.assert_close(fitted(mu), rotated, atol=1e-3, rtol=0)
 
 
@@ -471,7 +524,7 @@ def test_an_epoch_ends_with_a_row_and_a_line_of_what_was_measured(capsys, monkey
     images, mu = data.dead_leaves(40, "train"), random_normal(40, 96) + 1
     vae, run = TinyVAE32(), stage_of(TinyVAE32(), images, calibration="means").run
     run.precision = "bf16"
-    projection = losses.LatentProjection(mu, latent_dim=64)
+    projection = project(mu, latent_dim=64)
     stage = training.Stage("student", vae, 12, "adam", 1e-3, run, projection, 3 * mu)
     for _ in stage.epochs():
         for step, _ in enumerate(stage.steps()):
@@ -558,7 +611,7 @@ def test_a_loss_that_is_not_finite_is_told_with_what_can_be_done():
 @pytest.mark.parametrize("with_projection", [False, True])
 def test_a_step_trains_every_parameter(optimizer, with_projection):
     vae, images = TinyVAE32(), data.dead_leaves(34, "train")
-    projection = losses.LatentProjection(random_normal(40, 96), 64) if with_projection else None
+    projection = project(random_normal(40, 96), 64) if with_projection else None
     run = stage_of(TinyVAE32(), images).run
     stage = training.Stage("student", vae, 1, optimizer, 1e-2, run, projection)
     trained = dict(vae.named_parameters())
@@ -608,7 +661,7 @@ def test_the_calibration_asked_for_reaches_the_student(tmp_path, monkeypatch, wi
         row = train(tmp_path / how, *flags)[-1]
         path = tmp_path / how / "checkpoints" / "tinyvae_last.pth"
         vae, _ = models.load_model(path, TinyVAE32)
-        val = data.load_training_images("dead-leaves", 64).val
+        val = data.load_training_images("dead-leaves", 70).val
         assert float(row["val_sampled_mse"]) == pytest.approx(metrics.sampled_mse(vae, val))
     assert asked == [False, True]
 
@@ -708,10 +761,10 @@ def test_a_training_step_reads_no_value_on_the_device(
 
 # --- The weighted sum ---
 
-WEIGHTS = dict(zip(losses.TERMS, (0.3, 0.1 * 0.4, 0.3 * 0.1, 0.2, 0.1 * 4)))  # in the last epoch
+WEIGHTS = dict(zip(losses.TERMS, (0.3, 0.1 * 0.4, 0.3, 0.2, 0.1 * 4)))
 OTHER_WEIGHTS = (
     "--reconstruction-weight", "0.7", "--kl-weight", "0.2", "--kl-scale", "0.9",
-    "--latent-weight", "0.4", "--latent-fade", "0", "--output-weight", "0.6",
+    "--latent-weight", "0.4", "--output-weight", "0.6",
     "--perceptual-weight", "0.05", "--perceptual-scale", "3", "--epochs", "1",
 )
 
@@ -728,15 +781,9 @@ def assert_adds_up(row, weights):
 
 def test_the_loss_is_the_weighted_sum_of_its_terms(tiny_run, tmp_path, without_pictures):
     run, _ = tiny_run
-    *teacher_rows, first, second, third = read_table(run)
-    for row in teacher_rows:
-        assert_adds_up(row, {"reconstruction": 1, "kl": 0.01})
-    for row in (second, third):
-        assert_adds_up(row, WEIGHTS)
-    # In the first epoch the latent term fades.
-    faded = float(first["latent_weighted"]) / float(first["latent"])
-    assert 0.03 < faded < 0.3
-    assert_adds_up(first, WEIGHTS | {"latent": faded})
+    for row in read_table(run):
+        is_teacher = row["stage"] == "teacher"
+        assert_adds_up(row, {"reconstruction": 1, "kl": 0.01} if is_teacher else WEIGHTS)
 
     row = train(tmp_path, *teacher_of(run), *OTHER_WEIGHTS)[-1]
     assert_adds_up(row, dict(zip(losses.TERMS, (0.7, 0.2 * 0.9, 0.4, 0.6, 0.05 * 3))))
@@ -764,7 +811,7 @@ def test_a_term_of_weight_zero_is_not_computed(
 ):
     run, _ = tiny_run
     monkeypatch.setattr(distill_tinyvae, FUNCTIONS[term], refuse)
-    flags = (f"--{term}-weight", "0", "--output-loss", "softened", "--epochs", "1")
+    flags = (f"--{term}-weight", "0", "--epochs", "1")
     row = train(tmp_path, *teacher_of(run), *flags)[-1]
     used = set(losses.TERMS) - {term}
     assert row[term] == row[f"{term}_weighted"] == ""
@@ -810,137 +857,75 @@ def test_settings_reach_their_terms(tiny_run, tmp_path, monkeypatch, without_pic
 
     for name in FUNCTIONS.values():
         spy(name)
-    train(
-        tmp_path, *teacher_of(run), "--epochs", "1", "--output-loss", "softened", "--temperature",
-        "2", "--latent-variance", "0.4", "--perceptual-images", "6",
-    )
+    flags = ("--epochs", "1", "--temperature", "2", "--perceptual-images", "6")
+    train(tmp_path, *teacher_of(run), *flags)
     assert seen["output_distillation_loss"][2] == 2
-    assert seen["latent_distillation_loss"][2] == 0.4
     _, drawn, images = seen["perceptual_loss"]
     assert len(drawn) == len(images) == 6
     # The output and perceptual terms see what is decoded from the mean, reconstruction a sample.
     reconstruction, all_images = seen["reconstruction_loss"]
     assert torch.equal(images, all_images[:6])
     of_mean = torch.sigmoid(seen["output_distillation_loss"][0])
-    assert torch.equal(drawn, of_mean[:6]) and not torch.equal(of_mean, reconstruction)
+    assert not torch.equal(of_mean, reconstruction)
+    assert torch.equal(drawn, losses.without_grid(of_mean, all_images)[:6])  # of the whole batch
     seen.clear()
     flags = ("--epochs", "1", "--perceptual-images", "0", "--overwrite")
     train(tmp_path, *teacher_of(run), *flags)
     assert len(seen["perceptual_loss"][1]) == 32
 
 
-def test_the_latent_term_fades_to_its_floor(tiny_run, tmp_path, monkeypatch, without_pictures):
-    run, _ = tiny_run
-    shares, log = [], training.Stage.log
-
-    def spy(self, loss, terms, weighted):
-        shares.append((weighted["latent"] / terms["latent"] / 0.3).item())
-        log(self, loss, terms, weighted)
-
-    monkeypatch.setattr(training.Stage, "log", spy)
-    flags = (*teacher_of(run), "--limit", "128", "--epochs", "1", "--latent-floor", "0.2")
-    train(tmp_path, *flags, "--latent-fade", "0.5")
-    assert shares == pytest.approx([1, 0.5, 0.2, 0.2])
-    shares.clear()
-    train(tmp_path, *flags, "--latent-fade", "0", "--overwrite")
-    assert shares == pytest.approx([1, 1, 1, 1])
-
-
-def test_the_output_term_can_have_the_image_for_its_target(
-    tmp_path, monkeypatch, without_pictures
+def test_every_weight_and_the_temperature_change_the_network_in_one_step(
+    tiny_run, tmp_path, without_pictures
 ):
-    targets, images = [], []
-    next_batch, output_loss = training.Stage.next_batch, losses.output_distillation_loss
+    run, _ = tiny_run
+    flags = [*teacher_of(run), "--epochs", "1", "--batch-size", "64", "--warmup", "0"]  # one step
+    others = [(f"--{term}-weight", "0.7") for term in losses.TERMS] + [("--temperature", "1")]
 
-    def spy_batch(self):
-        batch = next_batch(self)
-        images.append(batch[0])
-        return batch
+    def student(*changed):
+        train(tmp_path, *flags, *changed, "--overwrite")
+        weights = storage.load_checkpoint(tmp_path / "checkpoints" / "tinyvae_last.pth")["model"]
+        return torch.cat([weights[name].flatten() for name in ("fc_mu.weight", "encoder.0.weight")])
 
-    def spy_loss(logits, target, temperature):
-        targets.append(torch.sigmoid(target))
-        return output_loss(logits, target, temperature)
-
-    monkeypatch.setattr(training.Stage, "next_batch", spy_batch)
-    monkeypatch.setattr(distill_tinyvae, "output_distillation_loss", spy_loss)
-    monkeypatch.setattr(distill_tinyvae, "train_teacher", refuse)  # it is of no use here
-    monkeypatch.setattr(distill_tinyvae, "teacher_outputs", refuse)
-    flags = ("--output-loss", "softened", "--output-target", "image", "--latent-weight", "0")
-    rows = train(tmp_path, *flags, "--epochs", "1")
-    assert len(rows) == 1 and float(rows[0]["output"]) > 0
-    assert len(images) == len(targets) == 2
-    assert torch.cat(images).min() < 0.02  # black has no logit: 0.02 stands for it
-    for batch, target in zip(images, targets):
-        torch.testing.assert_close(target, batch.clamp(0.02, 0.98), atol=1e-5, rtol=0)
+    usual = student()
+    assert torch.equal(usual, student())
+    for changed in others:
+        assert (student(*changed) - usual).abs().max() > 1e-4, changed
 
 
-@pytest.mark.parametrize("target", ["teacher", "image"])
-def test_the_output_term_can_be_a_squared_error_of_pixels(
-    target, tiny_run, tmp_path, monkeypatch, without_pictures
+@pytest.mark.parametrize("with_teacher", [True, False])
+def test_the_output_term_compares_with_the_teacher_or_without_one_with_the_image(
+    with_teacher, tiny_run, tmp_path, monkeypatch, without_pictures
 ):
     run, _ = tiny_run
     compared, images = [], []
     next_batch = training.Stage.next_batch
+    name = "output_distillation_loss" if with_teacher else "reconstruction_loss"
+    loss = getattr(losses, name)
 
     def spy_batch(self):
         batch = next_batch(self)
         images.append(batch[0])
         return batch
 
-    def spy_loss(reconstruction, wanted):
-        compared.append((reconstruction, wanted))
-        return losses.reconstruction_loss(reconstruction, wanted)
+    def spy_loss(*args):
+        compared.append(args)
+        return loss(*args)
 
     monkeypatch.setattr(training.Stage, "next_batch", spy_batch)
-    monkeypatch.setattr(distill_tinyvae, "reconstruction_loss", spy_loss)
-    monkeypatch.setattr(distill_tinyvae, "output_distillation_loss", refuse)
-    flags = ("--output-loss", "squared", "--output-target", target, "--epochs", "1")
-    row = train(tmp_path, *teacher_of(run), *flags)[-1]
+    monkeypatch.setattr(distill_tinyvae, name, spy_loss)
+    flags = teacher_of(run) if with_teacher else ("--teacher", "none")
+    row = train(tmp_path, *flags, "--epochs", "1")[-1]
     assert float(row["output"]) > 0
-    (of_sample, image), (of_mean, wanted) = compared[:2]  # one step: reconstruction, then output
-    assert torch.equal(image, images[0]) and not torch.equal(of_sample, of_mean)
-    if target == "image":
-        assert torch.equal(wanted, images[0])
+    if with_teacher:
+        teacher, _ = models.load_model(run / "checkpoints/teacher_vae.pth", StandardVAE)
+        with torch.no_grad():
+            expected = teacher.decode_logits(teacher.encode(images[0])[0])
+        logits = compared[0][1].float()
+        torch.testing.assert_close(logits, expected, atol=1e-2, rtol=0)  # kept in fp16
         return
-    teacher, _ = models.load_model(run / "checkpoints/teacher_vae.pth", StandardVAE)
-    with torch.no_grad():
-        expected = teacher.decode(teacher.encode(images[0])[0])
-    torch.testing.assert_close(wanted, expected, atol=1e-3, rtol=0)  # kept as fp16 logits
-
-
-def test_the_perceptual_term_starts_when_it_is_told(
-    tiny_run, tmp_path, monkeypatch, without_pictures
-):
-    run, _ = tiny_run
-    calls = []
-
-    def spy(*args):
-        calls.append(1)
-        return losses.perceptual_loss(*args)
-
-    monkeypatch.setattr(distill_tinyvae, "perceptual_loss", spy)
-    flags = (*teacher_of(run), "--epochs", "4", "--perceptual-start", "0.5")
-    rows = train(tmp_path, *flags)[-4:]
-    terms = [float(row["perceptual"]) for row in rows]
-    assert terms[:2] == [0, 0] and min(terms[2:]) > 0
-    assert len(calls) == 4  # two epochs of two steps
-    for row in rows:
-        parts = sum(float(row[f"{term}_weighted"]) for term in losses.TERMS)
-        assert parts == pytest.approx(float(row["loss"]), rel=1e-5)
-
-
-def test_the_best_epoch_is_one_with_all_terms(tiny_run, tmp_path, monkeypatch, without_pictures):
-    # VGG16 raises the squared error: the epochs before it would win, and their student not have it.
-    run, _ = tiny_run
-    errors = iter([0.1, 0.09, 0.3, 0.2, 0.25])
-    measure = training.evaluate_vae
-    monkeypatch.setattr(
-        training, "evaluate_vae", lambda *args: measure(*args) | {"mse": next(errors)}
-    )
-    flags = (*teacher_of(run), "--epochs", "5", "--perceptual-start", "0.4")
-    train(tmp_path, *flags)
-    best = storage.load_checkpoint(tmp_path / "checkpoints" / "tinyvae_best.pth")
-    assert best["epoch"] == 4
+    (of_sample, image), (of_mean, target) = compared[:2]  # one step: reconstruction, then output
+    assert torch.equal(image, images[0]) and torch.equal(target, images[0])
+    assert not torch.equal(of_sample, of_mean)
 
 
 @pytest.mark.parametrize("kind", losses.PROJECTIONS)
@@ -970,8 +955,7 @@ def test_each_projection_learns_as_it_is_called(
         assert all((saved[name] - before[name]).abs().max() > 1e-4 for name in saved)
         return
     rotation, begun = saved["rotation.weight"], before["rotation.weight"]
-    assert torch.equal(begun, torch.eye(*begun.shape)) == (kind != "random")
-    assert torch.equal(rotation, begun) == (kind == "fixed")
+    assert torch.equal(begun, torch.eye(*begun.shape)) and not torch.equal(rotation, begun)
     for weight in (begun, rotation):
         torch.testing.assert_close(weight @ weight.T, torch.eye(64), atol=1e-4, rtol=0)
 
@@ -996,7 +980,7 @@ def test_a_run_writes_what_it_promises(tiny_run):
     ]
     assert rows[0]["latent"] == rows[0]["projected_std"] == ""
     config = json.loads((run / "outputs" / "config.json").read_text())
-    assert config["train_images"] == 64 and config["precision"] == "fp32"
+    assert config["train_images"] == 70 and config["precision"] == "fp32"
     assert config["data"] == "dead-leaves" and config["vgg_weights"] == "random, seed 0"
     assert config["temperature"] == 3.0 and "torch" in config["versions"]
     for path in run.rglob("*"):
@@ -1014,7 +998,7 @@ def test_training_changes_student_and_projection(tiny_run):
     assert (early["fc_mu.weight"] - late["fc_mu.weight"]).abs().max() > 0
     saved = storage.load_checkpoint(run / "checkpoints" / "tinyvae_last.pth")["projection"]
     teacher_dim = saved["mean"].numel()
-    projection = losses.LatentProjection(random_normal(200, teacher_dim), latent_dim=64)
+    projection = project(random_normal(200, teacher_dim), 64, 128)
     start = torch.eye(*projection.rotation.weight.shape)
     assert torch.equal(projection.rotation.weight, start)
     projection.load_state_dict(saved)
@@ -1032,10 +1016,9 @@ def test_a_second_run_replaces_nothing_unless_told_to(tiny_run):
         (("--resume", "--optimizer", "adam"), r"\(optimizer was muon, is adam\)"),
         (("--resume", "--kl-scale", "1"), r"settings \(kl_scale was 0\.4, is 1\.0\): use"),
         (("--resume", "--perceptual-scale", "7"), r"\(perceptual_scale was 4\.0, is 7\.0\): use"),
-        (("--resume", "--latent-variance", "1"), r"\(latent_variance was 0\.1, is 1\.0\): use"),
-        (("--resume", "--latent-floor", "0"), r"settings \(latent_floor was 0\.1, is 0\.0\): use"),
-        (("--resume", "--projection", "free"), r"projection was orthonormal, is free"),
-        (("--resume", "--limit", "65"), "the training images differ"),
+        (("--resume", "--temperature", "1"), r"settings \(temperature was 3\.0, is 1\.0\): use"),
+        (("--resume", "--projection", "free"), r"projection was pixels, is free"),
+        (("--resume", "--limit", "71"), "the training images differ"),
         (("--resume", "--vgg", "none"), "VGG16's weights differ"),
         (("--resume", "--latent-dim", "32"), "the student's channels or latents differ"),
         (("--resume", "--teacher-channels", "8,8,8,8"), "the teacher's channels or latents diff"),
@@ -1115,7 +1098,6 @@ def test_without_a_teacher_the_image_takes_its_place_and_no_stage_1_runs(
     assert "teacher      none: no latent term" in capsys.readouterr().out
     record = storage.load_checkpoint(tmp_path / "checkpoints" / "tinyvae_best.pth")["record"]
     assert (record["teacher"], record["latent_weight"]) == (None, 0)
-    assert record["output_target"] == "image"
     for key in ("teacher_epochs", "teacher_latent_dim", "teacher_architecture"):
         assert record[key] is None
     with pytest.raises(InputError, match=r"settings \(one has a teacher, --teacher, and the other"):
@@ -1175,16 +1157,70 @@ def test_the_demo_replaces_its_own_folders_and_no_others(
     assert outside == mine and all(path.read_text() == "mine" for path in mine)
 
 
+class Stub:
+    """A teacher whose code is the pixels, as it was trained to have them: 2x − 1, or x."""
+
+    latent_dim, check_range = 3072, True
+
+    def __init__(self, factor, offset, alive):
+        self.factor, self.offset, self.alive = factor, offset, alive
+
+    def encode(self, images):
+        mu = images.flatten(1).clone()
+        mu[:, self.alive :] = mu[0, self.alive :]
+        return mu, torch.zeros_like(mu)
+
+    def decode(self, mu):
+        return ((mu - self.offset) / self.factor).clamp(0, 1).view(-1, 3, 32, 32)
+
+
+def test_a_teacher_is_tried_before_the_work(tiny_run, tmp_path, monkeypatch, capsys):
+    images = (random_images(20) * 255).byte()
+    for factor, offset, pixels in ((2, -1, r"\[-1, 1\]"), (255, 0, r"\[0, 255\]")):
+        with pytest.raises(InputError, match=f"x.pth was trained on pixels in {pixels}, and pix"):
+            teacher_outputs.check_teacher(Stub(factor, offset, 3072), images, "x.pth", 64)
+    teacher_outputs.check_teacher(Stub(1, 0, 3072), images, "x.pth", 64)
+    assert capsys.readouterr().out == ""
+    teacher_outputs.check_teacher(Stub(1, 0, 63), images, "x.pth", 64)
+    assert capsys.readouterr().out.startswith("Warning: 63 of the 3072 latents of x.pth are alive")
+
+    run, _ = tiny_run
+    tried = []
+
+    def refuse_it(teacher, images, path, latent_dim):
+        tried.append((path, len(images), latent_dim))
+        raise InputError("unfit")
+
+    monkeypatch.setattr(runs, "check_teacher", refuse_it)
+    with pytest.raises(InputError, match="unfit"):
+        train(tmp_path, *teacher_of(run))
+    assert tried == [(run / "checkpoints" / "teacher_vae.pth", 70, 64)]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_teacher_of_larger_images_is_told_from_other_weights_that_do_not_fit(tmp_path):
+    teacher = StandardVAE(64, (4, 4, 4, 4))
+    weights = teacher.state_dict()
+    weights["fc_mu.weight"] = torch.zeros(64, 64)  # 4 channels, 4×4 positions
+    path = tmp_path / "teacher.pth"
+    storage.save_checkpoint(path, {"architecture": teacher.architecture, "model": weights})
+    with pytest.raises(InputError, match="made for images of another size than 32×32"):
+        train(tmp_path / "run", "--teacher", str(path))
+    assert not (tmp_path / "run").exists()
+
+
 def test_what_cannot_work_is_refused_before_training(tmp_path, monkeypatch):
     for stage in ("train_teacher", "distil_student"):
         monkeypatch.setattr(distill_tinyvae, stage, refuse)
-    with pytest.raises(InputError, match="do not fill one batch of 65"):
-        train(tmp_path, "--batch-size", "65")
+    with pytest.raises(InputError, match="do not fill one batch of 71"):
+        train(tmp_path, "--batch-size", "71")
     weights = [word for term in losses.TERMS for word in (f"--{term}-weight", "0")]
     with pytest.raises(InputError, match="all five weights are zero"):
         train(tmp_path, *weights)
     with pytest.raises(InputError, match=r"the teacher has 32 latents, fewer than the .* 64"):
         train(tmp_path, "--teacher-latent-dim", "32")
+    with pytest.raises(InputError, match=r"^64 training images are too few .* to 64: at least 65"):
+        train(tmp_path, "--limit", "64")
     for flag in ("--teacher", "--start"):
         with pytest.raises(InputError, match=r"there is no checkpoint nowhere\.pth"):
             train(tmp_path, flag, "nowhere.pth")
@@ -1289,10 +1325,10 @@ def test_a_student_that_is_given_is_trained_further(
     for name, weight in student.state_dict().items():
         assert torch.equal(before["model"][name], weight)
     _, teacher_mu, latent_dim, student_mu = asked[0]
-    assert latent_dim == 8 and teacher_mu.shape[0] == 64
+    assert latent_dim == 8 and teacher_mu.shape[0] == 70
     config = json.loads((tmp_path / "outputs" / "config.json").read_text())
     assert config["latent_dim"] == 8 and config["encoder_channels"] == [4, 8, 8, 8]
-    images = data.load_training_images("dead-leaves", 64).train
+    images = data.load_training_images("dead-leaves", 70).train
     torch.testing.assert_close(student_mu, student.encode(data.to_float(images))[0])
 
     train(tmp_path, *flags, "--resume")
@@ -1336,7 +1372,7 @@ def test_the_teachers_outputs_are_kept_for_runs_that_share_them(
     assert read_rows(tmp_path / "first") == read_rows(tmp_path / "second")
 
     teacher, _ = models.load_model(run / "checkpoints" / "teacher_vae.pth", StandardVAE)
-    images = data.load_training_images("dead-leaves", 64)
+    images = data.load_training_images("dead-leaves", 70)
     job = SimpleNamespace(
         record={"pixels_sha256": images.record["pixels_sha256"], "precision": "fp32"},
         images=images.train, val_images=images.val, precision="fp32", device=torch.device("cpu"),

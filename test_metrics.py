@@ -318,3 +318,18 @@ def test_a_checkpoint_builds_the_model_it_describes_and_no_other(tmp_path):
     storage.save_checkpoint(path, {"weights": 1})
     with pytest.raises(InputError, match="not a model checkpoint"):
         models.load_model(path, TinyVAE32)
+
+
+def test_a_grid_that_all_reconstructions_share_is_found_at_its_period():
+    images = (random_images(50) * 255).byte()
+    grids = {2: torch.tensor([[0.02, -0.01], [-0.01, 0.0]]), 4: 0.04 * torch.eye(4)}
+
+    def found(grid, period):
+        tiled = grid.repeat(32 // period, 32 // period)
+        out = metrics.evaluate_images(lambda batch: batch + 0.1 + tiled, images, with_detail=True)
+        return [out[f"grid_{size}"] for size in (2, 4, 8)]
+
+    assert found(grids[2], 2) == pytest.approx([0.02, 0.02, 0.02], abs=1e-5)
+    # Of the four ones in a grid of period 4, half lie on each of two phases of period 2.
+    assert found(grids[4], 4) == pytest.approx([0.01, 0.03, 0.03], abs=1e-5)
+    assert found(torch.zeros(8, 8), 8) == pytest.approx([0, 0, 0], abs=1e-5)

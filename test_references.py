@@ -12,6 +12,7 @@ from skimage.metrics import peak_signal_noise_ratio
 from sklearn.decomposition import PCA
 from torch.distributions import Bernoulli, Normal, kl_divergence
 
+import data
 import losses
 import metrics
 import vgg
@@ -116,9 +117,8 @@ def test_kl_is_that_of_torch_distributions(seed):
 @seeds
 def test_latent_and_output_terms_are_divergences_of_torch_distributions(seed):
     mu, target = random_normal(8, 64, seed=seed), random_normal(8, 64, seed=seed + 50)
-    sigma = torch.tensor(0.1).sqrt()
-    expected = kl_divergence(Normal(mu, sigma), Normal(target, sigma)).sum(1).mean() / 3072
-    torch.testing.assert_close(losses.latent_distillation_loss(mu, target, 0.1), expected)
+    expected = kl_divergence(Normal(mu, 1.0), Normal(target, 1.0)).sum(1).mean() / 3072
+    torch.testing.assert_close(losses.latent_distillation_loss(mu, target), expected)
     logits, teacher = (4 * random_normal(8, 3, 32, 32, seed=s) for s in (seed, seed + 50))
     softened = Bernoulli(logits=teacher / 3), Bernoulli(logits=logits / 3)
     expected = 0.5 * 9 * kl_divergence(*softened).mean()
@@ -134,7 +134,7 @@ def test_gradients_are_those_of_finite_differences(seed):
     mu, logvar, target = of(3, 5), of(3, 5, offset=50), of(3, 5, offset=100).detach()
     check = torch.autograd.gradcheck
     assert check(losses.kl_loss, (mu, logvar))
-    assert check(lambda x: losses.latent_distillation_loss(x, target, 0.1), (mu,))
+    assert check(lambda x: losses.latent_distillation_loss(x, target), (mu,))
     # In single precision inside.
     term = lambda x: losses.output_distillation_loss(x, target, 3.0)  # noqa: E731
     assert check(term, (mu,), eps=1e-2, atol=1e-3, rtol=1e-2)
@@ -142,9 +142,29 @@ def test_gradients_are_those_of_finite_differences(seed):
 
 
 @seeds
+def test_the_directions_of_the_projection_are_those_of_reduced_rank_regression(seed):
+    """The first r of them predict the pixels as well as any r directions of mu can: as the least
+    squares fit, cut to rank r (Izenman 1975)."""
+    images = (255 * random_images(400, seed=seed)).to(torch.uint8)
+    mixing = random_normal(3072, 24, seed=seed + 50)
+    mu = (data.to_float(images).flatten(1) - 0.5) @ mixing
+    mu = mu + 20 * random_normal(400, 24, seed=seed + 100) + 3
+    _, whitening = losses.pixel_whitening(mu, images, 12)
+    x = (mu - mu.mean(0)).double().numpy()
+    y = data.to_float(images).flatten(1).double().numpy()
+    y = y - y.mean(0)
+    fitted = x @ np.linalg.lstsq(x, y, rcond=None)[0]
+    squares = np.linalg.svd(fitted, compute_uv=False) ** 2
+    for rank in (1, 5, 12):
+        codes = x @ whitening[:rank].double().numpy().T
+        explained = np.square(codes @ np.linalg.lstsq(codes, y, rcond=None)[0]).sum()
+        np.testing.assert_allclose(explained, squares[:rank].sum(), rtol=1e-5)
+
+
+@seeds
 def test_the_projections_gradient_is_the_part_along_its_manifold(seed):
     """By the definition: it is tangent there, and what is left out is normal to all that is."""
-    projection = losses.LatentProjection(random_normal(200, 24, seed=seed), 6, components=12)
+    projection = losses.LatentProjection(torch.zeros(24), torch.eye(12, 24), 6)
     rotation = torch.linalg.qr(random_normal(12, 6, seed=seed)).Q.T
     with torch.no_grad():
         projection.rotation.weight.copy_(rotation)
@@ -160,7 +180,7 @@ def test_the_projections_gradient_is_the_part_along_its_manifold(seed):
 
 @seeds
 def test_the_projection_returns_to_scipys_polar_factor(seed):
-    projection = losses.LatentProjection(random_normal(200, 24, seed=seed), 6, components=12)
+    projection = losses.LatentProjection(torch.zeros(24), torch.eye(12, 24), 6)
     start = projection.rotation.weight.detach().clone()
     moved = start + 0.01 * random_normal(6, 12, seed=seed)
     with torch.no_grad():

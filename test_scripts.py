@@ -138,12 +138,10 @@ def test_the_released_student_is_what_its_card_says(tmp_path, capsys, monkeypatc
     assert set(checkpoint) == {"stage", "architecture", "epoch", "model", "record", "evaluation"}
     assert not [value for value in record.values() if str(value).startswith("/")]
     recipe = vars(parse_settings(vars(distill_tinyvae), []))
-    recipe |= {"latent_weight": 0, "output_target": "image", "with_teacher": False}
     for name in (
-        "teacher", "with_teacher", "epochs", "optimizer", "learning_rate", "batch_size", "warmup",
+        "teacher_epochs", "epochs", "optimizer", "learning_rate", "batch_size", "warmup",
         "seed", "reconstruction_weight", "kl_weight", "kl_scale", "latent_weight", "output_weight",
-        "output_target", "output_loss", "perceptual_weight", "perceptual_scale",
-        "perceptual_images", "perceptual_start",
+        "temperature", "projection", "perceptual_weight", "perceptual_scale", "perceptual_images",
     ):
         assert record[name] == recipe[name]
 
@@ -223,7 +221,7 @@ def test_an_ablation_resumes_where_it_stopped(
     (tmp_path / "checkpoints").mkdir()
     shutil.copy(run / "checkpoints" / "teacher_vae.pth", tmp_path / "checkpoints")
     flags = [
-        *folders(tmp_path), "--vgg", "none", "--limit", "64", "--epochs", "2", "--seeds", "1",
+        *folders(tmp_path), "--vgg", "none", "--limit", "70", "--epochs", "2", "--seeds", "1",
         "--variants", "no latent", "--rate-tolerance", "1", "--device", "cpu",
     ]
     steps = training.Stage.steps
@@ -401,7 +399,7 @@ def test_pruned_students_are_trained_once_and_every_script_loads_them(
 
 SMALL, SMALLER = "8-12-16-24_64_24-16-12-8", "4-8-12-16_64_16-12-8-4"
 STAGES = (
-    "--vgg", "none", "--limit", "64", "--epochs", "2,1", "--device", "cpu", "--precision", "fp32",
+    "--vgg", "none", "--limit", "70", "--epochs", "2,1", "--device", "cpu", "--precision", "fp32",
     "--stages", f"{SMALL},{SMALLER}", "--rate", "30",
 )
 
@@ -432,7 +430,7 @@ def test_each_stage_learns_from_the_one_before(
     assert found[1]["teacher_sha256"] == storage.fingerprint(assistant)
     assert found[1]["teacher_architecture"]["name"] == "TinyVAE32"
     assert found[0]["teacher_sha256"] == found[2]["teacher_sha256"] != found[1]["teacher_sha256"]
-    assert [r["projection"] for r in found[:3]] == ["orthonormal", "identity", "orthonormal"]
+    assert [r["projection"] for r in found[:3]] == ["pixels", "identity", "pixels"]
     assert not found[3]["with_teacher"] and all(r["rate"] == 30 for r in found)
     # As much computing as both stages: 2 epochs of the larger and 1 of the smaller.
     macs = [models.count_macs(TinyVAE32(**comparison.shape().read(s))) for s in (SMALL, SMALLER)]
@@ -441,7 +439,7 @@ def test_each_stage_learns_from_the_one_before(
     # The figures are those of the checkpoint, computed here another way.
     best = folder / f"stage_2_{SMALLER}_1_epochs" / "tinyvae_best.pth"
     vae, _ = models.load_model(best, TinyVAE32)
-    images = data.to_float(data.load_training_images("dead-leaves", 64).val)
+    images = data.to_float(data.load_training_images("dead-leaves", 70).val)
     assert float(last["mse"]) == pytest.approx(F.mse_loss(vae(images)[0], images).item(), rel=1e-3)
 
     monkeypatch.setattr(training.Stage, "steps", None)
@@ -484,7 +482,7 @@ def test_the_teachers_code_as_it_is_needs_as_many_latents(tiny_run, tmp_path):
 # --- The bench ---
 
 
-BENCH = ["--limit", "64", "--batch-size", "16", "--workers", "0", "--device", "cpu"]
+BENCH = ["--limit", "70", "--batch-size", "16", "--workers", "0", "--device", "cpu"]
 
 
 @pytest.fixture
@@ -536,10 +534,10 @@ def test_the_straightforward_loop_computes_what_distill_tinyvae_does(
 
     monkeypatch.setattr(training.Stage, "log", watch)
     distill_tinyvae.main([
-        "--data", "dead-leaves", "--vgg", "random", "--limit", "64", "--batch-size", "16",
-        "--epochs", "3", "--latent-fade", "0", "--teacher", str(teacher), "--device", "cpu",
-        "--precision", "fp32", "--optimizer", "adam", "--learning-rate", "0.001", "--output-loss",
-        "softened", "--perceptual-images", "4", "--perceptual-start", "0", *folders(tmp_path),
+        "--data", "dead-leaves", "--vgg", "random", "--limit", "70", "--batch-size", "16",
+        "--epochs", "3", "--teacher", str(teacher), "--device", "cpu",
+        "--precision", "fp32", "--optimizer", "adam", "--learning-rate", "0.001",
+        "--perceptual-images", "4", *folders(tmp_path),
     ])
     assert our_losses == pytest.approx(plain_losses, rel=1e-3)
     assert our_losses[-1] < 0.95 * our_losses[0]

@@ -430,7 +430,6 @@ def test_flags_that_make_no_sense_are_refused_and_named(script, capsys):
         ("--learning-rate", "-1"),
         ("--kl-weight", "-0.1"),
         ("--kl-scale", "0"),
-        ("--latent-floor", "1.1"),
         ("--temperature", "0"),
         ("--encoder-channels", "16,32,64"),
         ("--device", "tpu"),
@@ -452,13 +451,11 @@ def test_flags_that_make_no_sense_stop_the_script_before_any_work(flags, capsys,
 def test_the_recipe_is_that_of_the_design():
     found = parse("distill_tinyvae")
     assert (found.teacher_epochs, found.epochs, found.batch_size) == (20, 100, 64)
-    assert found.teacher is None
+    assert found.teacher == "train"
     assert (found.optimizer, found.learning_rate, found.temperature) == ("muon", 3e-3, 3.0)
     assert [getattr(found, f"{term}_weight") for term in losses.TERMS] == [0.3, 0.1, 0.3, 0.2, 0.1]
-    assert (found.kl_scale, found.latent_variance, found.latent_floor) == (0.4, 0.1, 0.1)
-    assert (found.output_target, found.output_loss) == ("teacher", "squared")
-    assert (found.perceptual_scale, found.perceptual_images) == (4.0, 8)
-    assert found.perceptual_start == 0.7
+    assert (found.kl_scale, found.perceptual_scale, found.perceptual_images) == (0.4, 4.0, 6)
+    assert (found.projection, found.vgg) == ("pixels", "imagenet")
 
 
 # --- The demo ---

@@ -166,6 +166,7 @@ def code_row(name, found):
         "test split": name,
         "MSE of a sample": column("sampled_mse", "{:.5f}"),
         "VGG distance": column("vgg_distance", "{:.4f}"),
+        "fixed grid": " / ".join(column(f"grid_{i}", "{:.4f}") for i in (2, 4, 8)),
         "interpolation unevenness": column("unevenness", "{:.3f}"),
         "CKA with teacher": column("cka", "{:.3f}"),
         "5-NN, %": column("knn_accuracy", "{:.1f}", 100),
@@ -352,9 +353,11 @@ def evaluate(settings):
         f"one image; images/s: {settings.batch_size} at once; medians of 30.\nPCA: fitted to the "
         f"training images, codes of {settings.pca_components} numbers for "
         f"{PIXEL_VALUES:,} pixel values.\n"
-        "VGG distance: between VGG16 features of unit length, through relu3_3 (--judge). "
-        "interpolation unevenness:\nhow much the VGG distance varies from step to step of "
-        "a straight line between two codes, std / mean.\nCKA: similarity of mu to the teacher's, "
+        "VGG distance: between VGG16 features of unit length, through relu3_3 (--judge). fixed "
+        "grid: the largest size of a\ngrid of period 2, 4 and 8 pixels that all reconstructions "
+        "share; VGG16 takes one for texture, so it makes the\nVGG distance smaller. "
+        "interpolation unevenness: how much the VGG distance varies from step to step of a "
+        "straight\nline between two codes, std / mean. CKA: similarity of mu to the teacher's, "
         "0 to 1. 5-NN, linear probe: class accuracy from mu.\n"
         "brightness, colour: how much of what varies within an image is kept, as the slope of the "
         "reconstruction on\nthe original, each less its mean over the image; mean colour: the same "

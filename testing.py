@@ -21,10 +21,9 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA d
 
 # Of distill_tinyvae.py: a whole run of a few seconds.
 TINY = (
-    "--data", "dead-leaves", "--vgg", "random", "--limit", "64", "--batch-size", "32",
+    "--data", "dead-leaves", "--vgg", "random", "--limit", "70", "--batch-size", "32",
     "--teacher-channels", "16,32,64,128", "--teacher-latent-dim", "128", "--teacher-epochs", "2",
     "--epochs", "3", "--save-every", "2", "--device", "cpu", "--precision", "fp32",
-    "--teacher", "train", "--perceptual-start", "0",
 )
 
 
