@@ -5,13 +5,12 @@
 
 The straightforward loop is a DataLoader with workers over a torchvision-style dataset with
 ToTensor, eager fp32 (TF32 convolutions on GPUs that have them, as PyTorch has it by default), Adam,
-OneCycleLR; the teacher and VGG16 see every image in every step, and the loss is read in
-every step. Ours is distill_tinyvae.py itself, run as a program with all five terms in every step
-and Adam: `ms_per_step` of its metrics.csv in the second epoch of each stage. In between, each of
-our changes is made to the straightforward loop alone, and taken away from all of them together. One
-of them is less work, not faster work: VGG16 sees few images of each batch, which makes the same
-loss on average. So there are two ratios: to the straightforward loop, and to the one in which VGG16
-sees as few.
+OneCycleLR; the teacher and VGG16 see every image in every step, and the loss is read in every step.
+Ours is distill_tinyvae.py itself, run as a program with Adam: `ms_per_step` of its metrics.csv in
+the second epoch of each stage. In between, each of our changes is made to the straightforward loop
+alone, and taken away from all of them together. One of them is less work, not faster work: VGG16
+sees few images of each batch, which makes the same loss on average. So there are two ratios: to the
+straightforward loop, and to the one in which VGG16 sees as few.
 
 The time of a step does not depend on what the images show, so generated ones and untrained networks
 serve. All variants take turns in every repeat, so that a slow minute of the machine affects them
@@ -96,8 +95,7 @@ KINDS = {
     "OUTPUT_DIR": file_path(),
 }
 
-# The step that is timed: five terms with the weights of distill_tinyvae.py in every step, the
-# output term softened, and Adam.
+# The step that is timed: the five terms with the weights of distill_tinyvae.py, and Adam.
 TEACHER_KL_WEIGHT, TEMPERATURE = 0.01, 3.0
 WEIGHTS = {"reconstruction": 0.3, "kl": 0.1, "latent": 0.3, "output": 0.2, "perceptual": 0.1}
 SCALES = {"kl": 0.4, "perceptual": 4.0}

@@ -135,7 +135,7 @@ KINDS = {
 # With --demo these replace the constants above; flags still count. The teacher is small, so that it
 # learns enough in the time to be better than its student.
 DEMO_SETTINGS = {
-    "data": "photo-crops", "limit": 9000, "teacher_latent_dim": 192,
+    "data": "photo-crops", "limit": 9000, "teacher": "train", "teacher_latent_dim": 192,
     "teacher_channels": (24, 48, 96, 192), "teacher_epochs": 12, "teacher_kl_weight": 0.003,
     "epochs": 2, "vgg": "none", "batch_size": 32,
 }
@@ -295,7 +295,8 @@ def distil(settings, device):
         raise InputError("all five weights are zero: there is nothing to train on")
     if s.rate and not s.kl_weight:
         raise InputError("--rate holds the KL by its weight, which is 0: raise --kl-weight")
-    if s.batch_size % world_size() or s.perceptual_images % world_size():
+    shared = (s.batch_size, s.perceptual_images if s.perceptual_weight else 0)
+    if any(count % world_size() for count in shared):
         raise InputError(
             f"{world_size()} processes share each batch evenly: make --batch-size and "
             f"--perceptual-images multiples of {world_size()}"

@@ -3,9 +3,9 @@
     torchrun --nproc_per_node=2 -- distill_tinyvae.py --data PATH --vgg PATH
 
 Every process holds all images and takes every Nth image of each batch. Gradients are averaged,
-BatchNorm's statistics are those of the whole batch, and so is the noise of the latents: the result
-differs from a single process's by rounding alone. The first process writes and prints. Without
-torchrun every function here does nothing.
+BatchNorm's statistics are those of the whole batch, and so are the noise of the latents and the
+grid that VGG16 does not see: the result differs from a single process's by rounding alone. The
+first process writes and prints. Without torchrun every function here does nothing.
 
 DistributedDataParallel is not used: it averages the gradients of one module's forward, and a step
 here calls `encode` and `decode_logits` of one module and the projection of another.

@@ -54,11 +54,14 @@ def covariance_of(teacher_mu):
 
 
 def inverse_root(covariance):
-    """C^(−½) of a covariance C. Directions without variance, as of a collapsed teacher, cannot be
-    whitened; a floor leaves them near zero."""
+    """C^(−½) of a covariance C, and C's eigenvectors, that of the least variance first.
+
+    Directions without variance, as of a collapsed teacher, cannot be whitened; a floor leaves them
+    near zero.
+    """
     variance, directions = torch.linalg.eigh(covariance)
     floor = 1e-6 * variance[-1].clamp_min(1e-12)
-    return directions * variance.clamp_min(floor).rsqrt() @ directions.T
+    return directions * variance.clamp_min(floor).rsqrt() @ directions.T, directions
 
 
 def pixel_whitening(teacher_mu, images, components):
@@ -77,10 +80,10 @@ def pixel_whitening(teacher_mu, images, components):
     Returns the mean of mu, 512, and the directions, components×512, in single precision.
     """
     mean, covariance = covariance_of(teacher_mu)
-    whiten = inverse_root(covariance)
+    whiten, _ = inverse_root(covariance)
     cross = torch.zeros(len(mean), images[0].numel(), dtype=torch.double)       # 512×3072
     for codes, chunk in zip(teacher_mu.split(2000), images.split(2000)):
-        # A mean of codes of zero makes that of the pixels indifferent.
+        # The codes are centred, so the pixels need not be.
         centred = codes.detach().cpu().double() - mean
         cross += (centred.float().T @ to_float(chunk).cpu().flatten(1)).double()
     explained = whiten @ cross / len(images)
@@ -91,8 +94,8 @@ def pixel_whitening(teacher_mu, images, components):
 def principal_whitening(teacher_mu, components):
     """The same with the directions in which mu varies most: its principal components."""
     mean, covariance = covariance_of(teacher_mu)
-    _, directions = torch.linalg.eigh(covariance)                               # ascending
-    return mean.float(), (directions.flip(1)[:, :components].T @ inverse_root(covariance)).float()
+    whiten, directions = inverse_root(covariance)
+    return mean.float(), (directions.flip(1)[:, :components].T @ whiten).float()
 
 
 class LatentProjection(nn.Module):
@@ -205,9 +208,8 @@ def make_projection(kind, teacher_mu, images, latent_dim, student_mu=None, compo
         latent_dim: the student's.
         student_mu: of the same images, N×latent_dim, where the student is trained already: the
             projection then starts as near to that code as it can. From the leading directions,
-            the code would first have to turn.
-        components: directions that Q chooses from; at least latent_dim are taken, and at most
-            all there are.
+            the code would first have to turn. `free` starts from these all the same.
+        components: directions that Q chooses from, at most all there are; at least latent_dim.
 
     Raises ValueError if the teacher has fewer latents than the student.
     """
@@ -218,7 +220,8 @@ def make_projection(kind, teacher_mu, images, latent_dim, student_mu=None, compo
         raise ValueError(
             f"the teacher has {teacher_dim} latents, fewer than the student's {latent_dim}"
         )
-    components = min(max(components, latent_dim), teacher_dim)
+    # Fewer images span fewer directions; but for one for each latent, none without variance.
+    components = max(latent_dim, min(components, teacher_dim, len(teacher_mu) - 1))
     if kind == "principal":
         mean, whitening = principal_whitening(teacher_mu, components)
     else:
@@ -261,6 +264,9 @@ def output_distillation_loss(logits, teacher_logits, temperature):
     return 0.5 * temperature**2 * divergence.mean()
 
 
+# --- The perceptual term ---
+
+
 def without_grid(reconstruction, images, period=8):
     """The reconstructions less the grid that all of them share, so that VGG16 does not see it.
 
@@ -295,7 +301,8 @@ def perceptual_loss(vgg, reconstruction, images):
 
     Args:
         vgg: VGGFeatures.
-        reconstruction, images: in [0, 1]; gradients reach the first alone.
+        reconstruction: N×3×32×32, `without_grid`; gradients reach it alone.
+        images: N×3×32×32 in [0, 1].
     """
     with torch.no_grad():
         targets = vgg(images)

@@ -63,7 +63,7 @@ def refuse_other_weights(weights, expected):
             what = f"{name} is {shape}, not {list(expected[name].shape)}"
             # The width of this one is channels × positions; its height, latents.
             if is_tensor and name == "fc_mu.weight" and len(tensor) == len(expected[name]):
-                what += ": it was made for images of another size than 32×32"
+                what += ": it may be made for images of another size than 32×32"
             raise ValueError(what)
         if tensor.layout != torch.strided:
             raise ValueError(f"{name} is {tensor.layout}, not dense")

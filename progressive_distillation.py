@@ -155,8 +155,8 @@ def refuse_chain(comparison):
     s, latents, name = comparison.settings, comparison.teacher.latent_dim, "the teacher"
     for i, stage_shape in enumerate(s.stages):
         wanted = stage_shape["latent_dim"]
-        as_it_is = s.projections[i] == "identity" and s.latent_weights[i] > 0
-        if latents < wanted or (as_it_is and latents != wanted):
+        as_it_is = s.projections[i] == "identity"
+        if s.latent_weights[i] and (latents < wanted or (as_it_is and latents != wanted)):
             raise InputError(
                 f"{name} has {latents} latents and stage {i + 1} {wanted}: "
                 + ("--projections identity takes as many" if as_it_is else "it takes no fewer")

@@ -21,9 +21,17 @@ def print_summary(run):
     kl += "against the reconstruction term alone)"
     if s.rate:
         kl = f"held at {s.rate:g} nats by its weight"
-    left_out = [term for term in TERMS if not getattr(s, f"{term}_weight")]
+    notes = [f"KL {kl}"]
+    if s.output_weight:
+        softened = f"softened at T = {s.temperature:g}"
+        notes.append(f"output {softened if s.teacher else 'compares with the image'}")
+    if s.perceptual_weight:
+        seen = s.perceptual_images or "all"
+        notes.append(f"perceptual × {s.perceptual_scale:g}, of {seen} images of a batch")
+    if left_out := [term for term in TERMS if not getattr(s, f"{term}_weight")]:
+        notes.append(f"left out: {', '.join(left_out)}")
     if s.teacher is None:
-        teacher = "none: no latent term, and the output term compares with the image"
+        teacher = "none"
     elif not run.needs_teacher:
         teacher = "none: no term needs one"
     elif s.teacher == "train":
@@ -38,11 +46,7 @@ def print_summary(run):
         f"{record['val_images']:,} held out\n"
         f"teacher      {teacher}\n"
         f"student      TinyVAE32, {s.epochs} epochs, from {s.start or 'random weights'}\n"
-        f"loss         {weights}\n"
-        f"             left out: {', '.join(left_out) or 'none'}\n"
-        f"             output at T = {s.temperature:g}; perceptual × {s.perceptual_scale:g}, of "
-        f"{s.perceptual_images or 'all'} images of a batch\n"
-        f"             KL {kl}\n"
+        f"loss         {weights}\n" + "".join(f"             {note}\n" for note in notes) +
         f"VGG16        {record['vgg_weights']}\n"
         f"optimiser    {s.optimizer.capitalize()}, peak learning rate {s.learning_rate:g}, batch "
         f"{s.batch_size}, seed {s.seed}\n"
@@ -83,8 +87,6 @@ def draw_curves(path, rows, title):
 
         def plot(ax, column, epochs=epochs, stage_rows=stage_rows, marker=marker, **style):
             values = [row.get(column) for row in stage_rows]
-            if column.endswith("_weighted"):  # 0: a term that has not begun
-                values = [value or None for value in values]
             if any(value is not None for value in values):
                 ax.plot(epochs, values, marker=marker, markersize=3, **style)
 

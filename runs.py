@@ -59,7 +59,7 @@ COMPARED = (
     "start_sha256", "architecture",
 )
 
-CHECKED = 500  # training images that a teacher is tried on before the work
+TEACHER_TRIAL = 200  # training images that a given teacher is tried on before the work
 
 REMEDY = "--overwrite to start again, or another --checkpoint-dir and --output-dir"
 IN_WORDS = {
@@ -170,7 +170,7 @@ def begin(settings, device):
         "versions": versions(),
     }
     run = Run(s, device, precision, images.train.to(device), images.val.to(device), record)
-    if run.needs_teacher and s.teacher_latent_dim < s.latent_dim:
+    if s.latent_weight and s.teacher_latent_dim < s.latent_dim:
         remedy = "name another --teacher" if teacher_file else "raise --teacher-latent-dim"
         raise InputError(
             f"the teacher has {s.teacher_latent_dim} latents, fewer than the student's "
@@ -185,10 +185,12 @@ def begin(settings, device):
     if s.latent_weight and s.projection != "identity" and len(run.images) <= s.latent_dim:
         raise InputError(
             f"{len(run.images)} training images are too few to project the teacher's latents to "
-            f"{s.latent_dim}: at least {s.latent_dim + 1} are needed"
+            f"{s.latent_dim}: at least {s.latent_dim + 1} are needed; add images, or leave out the "
+            "latent term with --latent-weight 0"
         )
     if teacher_file and run.needs_teacher:
-        check_teacher(teacher.to(device), run.images[:CHECKED], teacher_file, s.latent_dim)
+        wanted = s.latent_dim if s.latent_weight else 0
+        check_teacher(teacher, images.train[:TEACHER_TRIAL], teacher_file, wanted)
     with contextlib.ExitStack() as locks:
         if not rank():
             for folder in sorted({path.resolve() for path in (s.checkpoint_dir, s.output_dir)}):

@@ -70,7 +70,7 @@ def check_teacher(teacher, images, path, latent_dim):
         teacher: a VAE in evaluation mode.
         images: some of the training images, uint8, on the teacher's device.
         path: the teacher's file.
-        latent_dim: the student's latents.
+        latent_dim: latents that the student needs of it; 0: none.
     """
     pixels = to_float(images)
     teacher.check_range = False

@@ -348,15 +348,25 @@ def test_projection_cannot_collapse(target):
 
 
 def test_projection_works_for_a_teacher_without_variance_and_not_for_one_with_fewer_latents():
-    projection = project(torch.ones(10, 96) + 0 * random_normal(10, 96), kind="principal")
-    assert projection(torch.ones(10, 96)).abs().max() < 1e-3
     line = random_normal(50, 1) * torch.linspace(1, 2, 96)  # varies in one direction alone
+    images = (255 * random_images(10)).byte()
     for kind in ("pixels", "principal"):
+        projection = losses.make_projection(kind, torch.ones(10, 96), images, 16)
+        assert projection(torch.ones(10, 96)).abs().max() < 1e-3
         projected = project(line, kind=kind)(line)
         assert projected[:, 0].std() > 0.9 and projected[:, 1:].abs().max() < 0.05
     assert project(random_normal(50, 16))(torch.ones(1, 16)).shape == (1, 16)
     with pytest.raises(ValueError, match="8 latents, fewer than the student's 16"):
         project(torch.ones(10, 8))
+
+
+@pytest.mark.parametrize("kind", ["pixels", "principal"])
+def test_projection_of_few_images_has_no_direction_without_variance_to_turn_to(kind):
+    mu = random_normal(40, 96)
+    projection = project(mu, latent_dim=16, components=64, kind=kind)
+    assert len(projection.whitening) == 39  # as many as 40 images span
+    every = (mu - projection.mean) @ projection.whitening.T
+    torch.testing.assert_close(every.std(0, correction=0), torch.ones(39), atol=1e-2, rtol=0)
 
 
 def test_projection_is_the_same_for_a_code_of_any_scale():
@@ -611,7 +621,7 @@ def test_a_loss_that_is_not_finite_is_told_with_what_can_be_done():
 @pytest.mark.parametrize("with_projection", [False, True])
 def test_a_step_trains_every_parameter(optimizer, with_projection):
     vae, images = TinyVAE32(), data.dead_leaves(34, "train")
-    projection = project(random_normal(40, 96), 64) if with_projection else None
+    projection = project(random_normal(200, 96), 64, 96) if with_projection else None
     run = stage_of(TinyVAE32(), images).run
     stage = training.Stage("student", vae, 1, optimizer, 1e-2, run, projection)
     trained = dict(vae.named_parameters())
@@ -997,8 +1007,7 @@ def test_training_changes_student_and_projection(tiny_run):
     late = weights_of(run)
     assert (early["fc_mu.weight"] - late["fc_mu.weight"]).abs().max() > 0
     saved = storage.load_checkpoint(run / "checkpoints" / "tinyvae_last.pth")["projection"]
-    teacher_dim = saved["mean"].numel()
-    projection = project(random_normal(200, teacher_dim), 64, 128)
+    projection = losses.LatentProjection(saved["mean"], saved["whitening"], latent_dim=64)
     start = torch.eye(*projection.rotation.weight.shape)
     assert torch.equal(projection.rotation.weight, start)
     projection.load_state_dict(saved)
@@ -1095,7 +1104,9 @@ def test_without_a_teacher_the_image_takes_its_place_and_no_stage_1_runs(
     (row,) = train(tmp_path, "--teacher", "none", "--epochs", "1")
     assert row["stage"] == "student" and row["latent"] == row["latent_weighted"] == ""
     assert float(row["output_weighted"]) == pytest.approx(0.2 * float(row["output"]))
-    assert "teacher      none: no latent term" in capsys.readouterr().out
+    summary = capsys.readouterr().out
+    assert "teacher      none\n" in summary and "left out: latent\n" in summary
+    assert "output compares with the image" in summary
     record = storage.load_checkpoint(tmp_path / "checkpoints" / "tinyvae_best.pth")["record"]
     assert (record["teacher"], record["latent_weight"]) == (None, 0)
     for key in ("teacher_epochs", "teacher_latent_dim", "teacher_architecture"):
@@ -1138,7 +1149,7 @@ def test_overwrite_removes_what_was_made_of_the_old_student(tiny_run, tmp_path, 
 def test_the_demo_replaces_its_own_folders_and_no_others(
     tmp_path, monkeypatch, capsys, without_pictures
 ):
-    tiny = {"data": "dead-leaves", "limit": 32, "teacher_epochs": 1, "epochs": 1}
+    tiny = {"data": "dead-leaves", "limit": 70, "teacher_epochs": 1, "epochs": 1}
     monkeypatch.setattr(distill_tinyvae, "DEMO_SETTINGS", distill_tinyvae.DEMO_SETTINGS | tiny)
     mine = {tmp_path / "checkpoints" / "tinyvae_best.pth", tmp_path / "outputs" / "metrics.csv"}
     for path in mine:
@@ -1204,7 +1215,7 @@ def test_a_teacher_of_larger_images_is_told_from_other_weights_that_do_not_fit(t
     weights["fc_mu.weight"] = torch.zeros(64, 64)  # 4 channels, 4×4 positions
     path = tmp_path / "teacher.pth"
     storage.save_checkpoint(path, {"architecture": teacher.architecture, "model": weights})
-    with pytest.raises(InputError, match="made for images of another size than 32×32"):
+    with pytest.raises(InputError, match="may be made for images of another size than 32×32"):
         train(tmp_path / "run", "--teacher", str(path))
     assert not (tmp_path / "run").exists()
 
@@ -1324,7 +1335,7 @@ def test_a_student_that_is_given_is_trained_further(
     assert before["epoch"] == 0 and before["architecture"] == student.architecture
     for name, weight in student.state_dict().items():
         assert torch.equal(before["model"][name], weight)
-    _, teacher_mu, latent_dim, student_mu = asked[0]
+    _, teacher_mu, _, latent_dim, student_mu = asked[0]
     assert latent_dim == 8 and teacher_mu.shape[0] == 70
     config = json.loads((tmp_path / "outputs" / "config.json").read_text())
     assert config["latent_dim"] == 8 and config["encoder_channels"] == [4, 8, 8, 8]

@@ -94,6 +94,7 @@ import torch
 from types import SimpleNamespace
 from torch.nn import BatchNorm2d, Module, Sequential
 from distributed import *
+from losses import without_grid
 from training import Stage
 
 class Model(Module):
@@ -138,6 +139,18 @@ with processes(torch.device("cpu")):
     image = image.to(memory_format=torch.channels_last)
     average([image, own_loss])
     close(image, (images[0] + images[1]) / 2)
+    # The grid is that of the whole batch, and its gradients reach every process's images.
+    torch.manual_seed(0)
+    drawn, images, weight = torch.rand(3, 6, 3, 32, 32)
+    weight *= torch.arange(6).view(6, 1, 1, 1)  # the processes' losses differ
+    whole = drawn.clone().requires_grad_()
+    looked_at = without_grid(whole, images)
+    (looked_at * weight).sum().backward()
+    own = own_rows(drawn).clone().requires_grad_()
+    own_looked_at = without_grid(own, own_rows(images))
+    (own_looked_at * own_rows(weight)).sum().backward()
+    close(own_looked_at, own_rows(looked_at))
+    close(own.grad, own_rows(whole.grad))
     # The rate of the whole batch, 100 nats, moves the weight.
     stage = SimpleNamespace(
         kl_factor=torch.ones(()), progress=torch.tensor(0.5), done=torch.zeros(1000)

@@ -2,7 +2,7 @@
 
 What is minimised, and the loops, are in distill_tinyvae.py; teacher and student both go by
 
-    for epoch in stage.epochs():
+    for _ in stage.epochs():
         for _ in stage.steps():
             step()
         stage.validate()
