@@ -67,7 +67,9 @@ def refuse_other_weights(weights, expected):
             raise ValueError(what)
         if tensor.layout != torch.strided:
             raise ValueError(f"{name} is {tensor.layout}, not dense")
-        if tensor.dtype != expected[name].dtype:
+        # Stored in half precision, weights are loaded into single precision.
+        is_half = tensor.dtype == torch.half and expected[name].is_floating_point()
+        if tensor.dtype != expected[name].dtype and not is_half:
             raise ValueError(f"{name} is {tensor.dtype}, not {expected[name].dtype}")
         if not tensor.isfinite().all():
             raise ValueError(f"{name} holds NaN or infinity")

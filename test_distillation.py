@@ -1209,6 +1209,20 @@ def test_a_teacher_is_tried_before_the_work(tiny_run, tmp_path, monkeypatch, cap
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_model_stored_in_half_precision_loads_in_single(tmp_path):
+    vae = TinyVAE32().eval()
+    weights = {
+        name: tensor.half() if tensor.is_floating_point() else tensor
+        for name, tensor in vae.state_dict().items()
+    }
+    path = tmp_path / "half.pth"
+    storage.save_checkpoint(path, {"architecture": vae.architecture, "model": weights})
+    loaded, _ = models.load_model(path, TinyVAE32)
+    assert {p.dtype for p in loaded.parameters()} == {torch.float32}
+    images = random_images(2)
+    torch.testing.assert_close(loaded(images)[0], vae(images)[0], atol=1e-3, rtol=0)
+
+
 def test_a_teacher_of_larger_images_is_told_from_other_weights_that_do_not_fit(tmp_path):
     teacher = StandardVAE(64, (4, 4, 4, 4))
     weights = teacher.state_dict()

@@ -90,14 +90,14 @@ def change(weights, name, how):
     weights[name] = {
         "NaN": lambda: torch.full_like(tensor, float("nan")),
         "infinity": lambda: torch.full_like(tensor, float("inf")),
-        "half": tensor.half, "integers": tensor.int, "sparse": tensor.to_sparse,
+        "double": tensor.double, "integers": tensor.int, "sparse": tensor.to_sparse,
         "flat": lambda: tensor.new_zeros(tensor.numel() + 1),
         "expanded": lambda: torch.zeros(1).expand(10**9),
         "a number": lambda: 1.0, "nothing": lambda: None,
     }[how]()
 
 
-CHANGES = ("NaN", "infinity", "half", "integers", "sparse", "flat", "expanded", "a number",
+CHANGES = ("NaN", "infinity", "double", "integers", "sparse", "flat", "expanded", "a number",
            "nothing")
 
 
