@@ -177,20 +177,28 @@ def test_latent_term_is_the_divergence_of_two_gaussians():
     torch.testing.assert_close(losses.latent_distillation_loss(mu, projected), expected)
 
 
-def test_output_term_is_a_softened_bernoulli_divergence():
+def test_output_term_is_a_softened_bernoulli_divergence_of_smoothed_pixels():
     student, teacher = random_normal(2, 3, 32, 32), random_normal(2, 3, 32, 32, seed=1)
     found = losses.output_distillation_loss(student, teacher, 3.0)
-    soft = [torch.distributions.Bernoulli(logits=logits / 3) for logits in (teacher, student)]
-    expected = 4.5 * torch.distributions.kl_divergence(*soft).mean()
+    smoothed = [(0.1 + 0.8 * torch.sigmoid(logits)).logit() for logits in (teacher, student)]
+    soft = [torch.distributions.Bernoulli(logits=logits / 3) for logits in smoothed]
+    expected = 4.5 * torch.distributions.kl_divergence(*soft).mean() / 0.64
     torch.testing.assert_close(found, expected)
     assert losses.output_distillation_loss(teacher, teacher, 3.0).abs() < 1e-6
     half = losses.output_distillation_loss(student, teacher.half(), 3.0)  # as they are cached
     torch.testing.assert_close(half, expected, rtol=1e-3, atol=0)
     flat = losses.output_distillation_loss(student, teacher, 30.0)  # nearly the limit of large T
-    torch.testing.assert_close(flat, (student - teacher).square().mean() / 16, rtol=0.01, atol=0)
-    grey, greyish = torch.tensor([0.5, 0.52]).logit().split(1)  # here an error is its square
-    small = losses.output_distillation_loss(greyish, grey, 3.0)
-    assert small.item() == pytest.approx(0.02**2, rel=0.01)
+    limit = (smoothed[0] - smoothed[1]).square().mean() / 16 / 0.64
+    torch.testing.assert_close(flat, limit, rtol=0.01, atol=0)
+
+    def error(level, temperature=3.0):  # of 0.01, compared with its square
+        pair = torch.tensor([level, level + 0.01]).logit().split(1)
+        return losses.output_distillation_loss(*pair, temperature).item() / 0.01**2
+
+    assert error(0.495) == pytest.approx(1, rel=0.01)
+    assert 5.5 < error(0.005) < 6.8 and error(0.005, temperature=1) < 3
+    black = losses.output_distillation_loss(torch.tensor([-90.0]), torch.tensor([90.0]), 3.0)
+    assert black.isfinite()
 
 
 def test_temperature_turns_the_gradient():
@@ -202,7 +210,7 @@ def test_temperature_turns_the_gradient():
         return logits.grad.flatten()
 
     # Not the same direction at another length, which a weight could do as well.
-    assert F.cosine_similarity(gradient(1.0), gradient(3.0), dim=0) < 0.99
+    assert F.cosine_similarity(gradient(1.0), gradient(3.0), dim=0) < 0.998
 
 
 def test_perceptual_term_sees_differences_and_trains_only_the_images():
@@ -899,7 +907,8 @@ def test_every_weight_and_the_temperature_change_the_network_in_one_step(
     usual = student()
     assert torch.equal(usual, student())
     for changed in others:
-        assert (student(*changed) - usual).abs().max() > 1e-4, changed
+        # The outputs of a network without training are grey, where T hardly matters.
+        assert (student(*changed) - usual).abs().max() > 1e-5, changed
 
 
 @pytest.mark.parametrize("with_teacher", [True, False])
