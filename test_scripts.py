@@ -32,6 +32,7 @@ from runtime import InputError
 from settings import parse_settings
 from testing import folders, needs_cuda, random_images, read_csv, teacher_of, train
 from tiny_vae_32 import TinyVAE32
+from vae import VAE
 
 FITTED = {}  # PCA of the same few images, which takes seconds
 
@@ -129,6 +130,26 @@ def test_evaluation_takes_the_architecture_from_the_checkpoint(tmp_path, capsys)
             test_trained_model.main([*bad, *folders(tmp_path)])
 
 
+def test_the_released_teacher_is_what_its_card_says():
+    path = models.RELEASED.with_name("teacher_cifar10.pth")
+    assert path.stat().st_size < 19_000_000  # in half precision
+    teacher, checkpoint = models.load_model(path, VAE)
+    assert models.count_parameters(teacher) == 8_664_195
+    assert teacher.fc_mu.weight.dtype == torch.float32
+    record = checkpoint["record"]
+    recipe = vars(parse_settings(vars(distill_tinyvae), []))
+    for name in ("epochs", "kl_weight", "learning_rate", "latent_dim", "channels"):
+        assert record[f"teacher_{name}"] == recipe[f"teacher_{name}"]
+    assert all(record[name] == recipe[name] for name in ("batch_size", "warmup", "seed"))
+    # On photographs of another kind than it was trained on.
+    images = data.load_test_images("photo-crops", 100).images
+    assert metrics.evaluate_vae(teacher, images)["mse"] < 0.002
+    # What its codes and what it leaves out are distributed like, for making images.
+    covariance = checkpoint["codes"]["covariance"]
+    assert covariance.shape == (512, 512) and torch.linalg.eigvalsh(covariance).min() > 0
+    assert checkpoint["residual_spectrum"].shape == (32, 17, 3, 3)
+
+
 def test_the_released_student_is_what_its_card_says(tmp_path, capsys, monkeypatch):
     released = models.RELEASED
     assert released.stat().st_size < 1_300_000
@@ -139,11 +160,12 @@ def test_the_released_student_is_what_its_card_says(tmp_path, capsys, monkeypatc
     assert not [value for value in record.values() if str(value).startswith("/")]
     recipe = vars(parse_settings(vars(distill_tinyvae), []))
     for name in (
-        "teacher_epochs", "epochs", "optimizer", "learning_rate", "batch_size", "warmup",
-        "seed", "reconstruction_weight", "kl_weight", "kl_scale", "latent_weight", "output_weight",
-        "temperature", "projection", "perceptual_weight", "perceptual_scale", "perceptual_images",
+        "epochs", "optimizer", "learning_rate", "batch_size", "warmup", "seed",
+        "reconstruction_weight", "kl_weight", "kl_scale", "output_weight", "perceptual_weight",
+        "perceptual_scale",
     ):
         assert record[name] == recipe[name]
+    assert not record["with_teacher"]  # an earlier recipe, as the card says
 
     # Without its images and without a network there are still figures and pictures.
     def no_network(*args, **kwargs):
