@@ -67,7 +67,7 @@ DATA = "dead-leaves"  # as in distill_tinyvae.py
 LIMIT = 6400  # images, of which the teacher's job takes a quarter
 VGG = "random"  # random, imagenet, or a state dict's path: the time is the same
 BATCH_SIZE = 64  # images per step
-PERCEPTUAL_IMAGES = 8  # images of each batch that VGG16 sees, whoever trains
+PERCEPTUAL_IMAGES = 6  # images of each batch that VGG16 sees, whoever trains
 
 # --- How long ---
 EPOCHS = 2  # of each run; steps are timed from the second on

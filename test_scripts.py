@@ -63,12 +63,12 @@ def test_evaluation_script(tiny_run, tmp_path, capsys):
     assert student["parameters"] == 294_403
     # The figures are those of the test split, computed here another way.
     vae, _ = models.load_model(run / "checkpoints" / "tinyvae_best.pth", TinyVAE32)
-    images = data.to_float(data.dead_leaves(64, "test"))
+    images = data.to_float(data.dead_leaves(70, "test"))
     assert student["mse"] == pytest.approx(F.mse_loss(vae(images)[0], images).item(), rel=1e-3)
     ratio = record["results"]["teacher"]["weight_bytes"] / student["weight_bytes"]
     assert f"{ratio:.1f}×" in printed
     # The last lines are the answer and the pictures.
-    answer = printed[printed.index("On 64 test images of dead-leaves"):]
+    answer = printed[printed.index("On 70 test images of dead-leaves"):]
     assert f"MSE of {student['mse']:.5f} at {student['kl_nats']:.1f} nats" in answer
     assert "worse than PCA with 64 components" in answer and "times the teacher's error" in answer
     assert answer.rstrip().endswith("colours.png")
