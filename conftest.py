@@ -1,21 +1,21 @@
 """Fixtures of the test suite, and one thread for each of pytest's workers."""
 
 import contextlib
+import functools
+import io
 import os
 from pathlib import Path
 
 import pytest
 import torch
 
-pytest.register_assert_rewrite("testing")
+pytest.register_assert_rewrite("tests.testing")
 
-import comparison  # noqa: E402
-import fault_campaign  # noqa: E402
-import report  # noqa: E402
-import runs  # noqa: E402
-from testing import TINY, folders, start  # noqa: E402
+from common import comparison, data, report, runs  # noqa: E402
+from tests import fault_campaign  # noqa: E402
+from tests.testing import train  # noqa: E402
 
-with contextlib.suppress(ImportError):  # of requirements-deploy.txt
+with contextlib.suppress(ImportError):  # of requirements-dev.txt
     from hypothesis import HealthCheck, settings
 
     # Of test_fuzz.py: how many cases of each test.
@@ -32,16 +32,19 @@ with contextlib.suppress(ImportError):  # of requirements-deploy.txt
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
 
+# Dead leaves are drawn by the 500, of which a tiny run takes 70: drawn once for each worker.
+drawn = functools.cache(data.dead_leaves)
+data.MADE["dead-leaves"] = lambda count, split: drawn(count, split).clone()
+
 
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory):
     """A finished run of distill_tinyvae.py, once for each worker: its folder and what it printed.
     Tests that change its files copy it."""
-    run = tmp_path_factory.mktemp("run")
-    process = start(*TINY, *folders(run))
-    output, _ = process.communicate(timeout=100)
-    assert process.returncode == 0, output
-    return run, output
+    run, output = tmp_path_factory.mktemp("run"), io.StringIO()
+    with contextlib.redirect_stdout(output):
+        train(run)
+    return run, output.getvalue()
 
 
 @pytest.fixture

@@ -18,90 +18,69 @@ seconds for an epoch of CIFAR-10 with the default student, and 75 for the assist
 
 from pathlib import Path
 
-import losses
-from comparison import Comparison, shape, shape_name
-from metrics import evaluate_vae, sampled_mse, vgg_distance
-from models import count_macs, count_parameters, load_model
-from runtime import InputError, print_table, run_script
-from settings import file_path, number, one_of, parse_settings, several, switch, text, whole
-from storage import check_writable, write_csv
-from tiny_vae_32 import TinyVAE32
+from common import kind, losses
+from common.comparison import FIGURES, Comparison, against, cell, shape, shape_name
+from common.models import count_macs
+from common.runtime import InputError, print_table, run_script
+from common.settings import parse_settings
+from common.storage import check_writable, write_csv
 
 HERE = Path(__file__).resolve().parent
 
 # --- The stages, one value for each; shapes: encoder's channels, latents, decoder's channels ---
-STAGES = ("32-64-128-256_64_256-128-64-32", "16-32-64-128_64_128-64-32-16")  # their students
-EPOCHS = (30, 30)  # of each stage
-LATENT_WEIGHTS = (0.3, 0.3)  # of the latent term: distance to the code of the stage before
-PROJECTIONS = ("pixels", "identity")  # of that code; identity where it has as many latents
+# their students
+STAGES: kind.several(shape()) = ("32-64-128-256_64_256-128-64-32", "16-32-64-128_64_128-64-32-16")
+EPOCHS: kind.several(kind.whole(1)) = (30, 30)  # of each stage
+# of the latent term: distance to the code of the stage before
+LATENT_WEIGHTS: kind.several(kind.number(0, none=0.0)) = (0.3, 0.3)
+# of that code; identity where it has as many latents
+PROJECTIONS: kind.several(kind.one_of(*losses.PROJECTIONS)) = ("pixels", "identity")
 
 # --- Training, with all else as at the top of distill_tinyvae.py ---
-TEACHER = "teacher_vae.pth"  # of the first stage: a file in the checkpoint folder, or a path
-DATA = None  # as in distill_tinyvae.py; None: what the teacher was trained on
-LIMIT = 0  # train on the first N images; 0 uses all
-RATE = 87.0  # nats at which all students are compared
-VGG = "none"  # VGG16 of the perceptual term: imagenet, random, none, or a state dict's path
-SEED = 0  # of weights, image order and latent samples
-DIRECT = True  # train the students without stages as well
+# of the first stage: a file in the checkpoint folder, or a path
+TEACHER: kind.Folder = "teacher_vae.pth"
+DATA: kind.text(none=None) = None  # as in distill_tinyvae.py; None: what the teacher was trained on
+LIMIT: kind.CountOr0 = 0  # train on the first N images; 0 uses all
+RATE: kind.Positive = 87.0  # nats at which all students are compared
+# VGG16 of the perceptual term: imagenet, random, none, or a state dict's path
+VGG: kind.Weights = "none"
+SEED: kind.Seed = 0  # of weights, image order and latent samples
+DIRECT: kind.Switch = True  # train the students without stages as well
 
 # --- Measuring ---
-SPLIT = "val"  # val while anything is being chosen; test for the final figures
-JUDGE = None  # VGG16 that measures VGG distance: the path of other weights than VGG's; or None
-JUDGED = 2000  # images that the judge sees; 0: all
-DEVICE = "auto"  # auto (cuda, then mps, then cpu), cuda, cpu or mps
-PRECISION = "auto"  # auto, fp32, bf16 or fp16; figures are measured in fp32 always
+# val while anything is being chosen; test for the final figures
+SPLIT: kind.one_of("val", "test") = "val"
+# VGG16 that measures VGG distance: the path of other weights than VGG's; or None
+JUDGE: kind.Weights = None
+JUDGED: kind.CountOr0 = 2000  # images that the judge sees; 0: all
+DEVICE: kind.Device = "auto"  # auto (cuda, then mps, then cpu), cuda, cpu or mps
+PRECISION: kind.Precision = "auto"  # auto, fp32, bf16 or fp16; figures are measured in fp32 always
 
 # --- Files ---
-CHECKPOINT_DIR = HERE / "checkpoints"  # folder of the .pth files; students go to progressive/
-OUTPUT_DIR = HERE / "outputs"  # folder of progressive.csv
+# folder of the .pth files; students go to progressive/
+CHECKPOINT_DIR: kind.Folder = HERE / "checkpoints"
+OUTPUT_DIR: kind.Folder = HERE / "outputs"  # folder of progressive.csv
 
-KINDS = {
-    "STAGES": several(shape()), "EPOCHS": several(whole(1)),
-    "LATENT_WEIGHTS": several(number(0, none=0.0)),
-    "PROJECTIONS": several(one_of(*losses.PROJECTIONS)),
-    "TEACHER": file_path(), "DATA": text(none=None), "LIMIT": whole(0, none=0),
-    "RATE": number(0, above=True), "VGG": text(none="none"), "SEED": whole(0, 2**32 - 1),
-    "DIRECT": switch(),
-    "SPLIT": one_of("val", "test"), "JUDGE": text(none="none"), "JUDGED": whole(0, none=0),
-    "DEVICE": one_of("auto", "cuda", "cpu", "mps"),
-    "PRECISION": one_of("auto", "fp32", "bf16", "fp16"), "CHECKPOINT_DIR": file_path(),
-    "OUTPUT_DIR": file_path(),
-}
-PER_STAGE = ("epochs", "latent_weights", "projections")
-
+# --- Not settings ---
 COLUMNS = (
-    "student", "shape", "parameters", "split", "epochs", "computing", "mse", "sampled_mse",
-    "kl_nats", "vgg_distance", "seconds",
+    "student", "shape", "parameters", "split", "epochs", "computing", *FIGURES, "seconds",
 )
-
-
-def measure(comparison, vae):
-    """Error of the mean and of a sample, rate, VGG distance, parameters."""
-    vae.to(comparison.device)
-    found = evaluate_vae(vae, comparison.held_out.images)
-    found["sampled_mse"] = sampled_mse(vae, comparison.held_out.images)
-    if comparison.judge:
-        found["vgg_distance"] = vgg_distance(vae, comparison.judged, comparison.judge)
-    return found | {"parameters": count_parameters(vae), "split": comparison.settings.split}
 
 
 def train(comparison, label, stage_shape, epochs, **changes):
     """A row of the table: a student trained now or earlier. Its checkpoint is row["path"]."""
-    s = comparison.settings
-    folder = f"{label}_{shape_name(stage_shape)}_{epochs}_epochs".replace(" ", "_").replace(",", "")
-    changes |= {"epochs": epochs, "rate": s.rate, "calibration": "both"}
-    trained = comparison.train_student(label, folder, s.seed, **stage_shape, **changes)
-    path = comparison.folder / folder / "tinyvae_best.pth"
-    vae, _ = load_model(path, TinyVAE32)
-    row = {"student": label, "shape": shape_name(stage_shape), "epochs": epochs, "path": path}
-    row["seconds"] = round(sum(epoch["seconds"] for epoch in trained["rows"]), 1)
-    row["computing"] = epochs * count_macs(vae)  # in proportion: training takes thrice the passes
-    return row | measure(comparison, vae)
+    s, word = comparison.settings, shape_name(stage_shape)
+    folder = f"{label}_{word}_{epochs}_epochs".replace(" ", "_").replace(",", "")
+    changes |= stage_shape | {"epochs": epochs, "rate": s.rate, "calibration": "both"}
+    vae, row = comparison.train_and_measure(label, folder, s.seed, **changes)
+    computing = epochs * count_macs(vae)  # in proportion: training takes thrice the passes
+    return {"student": label, "shape": word, "epochs": epochs, "computing": computing} | row
 
 
-def train_stages(comparison):
-    """The stages in turn, each with the one before as its teacher. Yields their rows."""
-    s, teacher = comparison.settings, comparison.teacher_path
+def train_all(comparison):
+    """Yields the rows of the stages, each with the one before as its teacher; then those of
+    students of the last shape without stages, for as many steps, and for as much computing."""
+    s, stages, teacher = comparison.settings, [], comparison.teacher_path
     for i, stage_shape in enumerate(s.stages):
         kept = "teacher_outputs.pth" if i == 0 else f"stage_{i}_outputs.pth"
         row = train(
@@ -110,17 +89,13 @@ def train_stages(comparison):
             latent_weight=s.latent_weights[i], projection=s.projections[i],
         )
         yield row
+        stages.append(row)
         teacher = row["path"]
-
-
-def train_directly(comparison, stages):
-    """Students of the last stage's shape without stages: as many steps, or as much computing.
-    Yields their rows."""
-    s = comparison.settings
-    last = stages[-1]
-    total = sum(stage["computing"] for stage in stages)
-    as_much = round(last["epochs"] * total / last["computing"])
-    for budget, epochs in (("same steps", last["epochs"]), ("same computing", as_much)):
+    if not s.direct:
+        return
+    computing = sum(row["computing"] for row in stages)
+    as_much = round(s.epochs[-1] * computing / stages[-1]["computing"])
+    for budget, epochs in (("same steps", s.epochs[-1]), ("same computing", as_much)):
         yield train(
             comparison, f"direct, {budget}", s.stages[-1], epochs,
             latent_weight=s.latent_weights[0], projection=s.projections[0],
@@ -132,27 +107,33 @@ def train_directly(comparison, stages):
 
 
 def table_row(row, last):
-    def against(name):
-        return "–" if row is last else f"{row[name] / last[name] - 1:+.1%}"
-
     return {
         "student": row["student"],
         "shape": row["shape"].replace("_", " · "),
         "parameters": f"{row['parameters']:,}",
         "epochs": row["epochs"],
         "minutes": f"{row['seconds'] / 60:.1f}",
-        "KL, nats": f"{row['kl_nats']:.1f}",
-        "MSE": f"{row['mse']:.5f}",
-        "vs last stage": against("mse"),
-        "MSE of a sample": f"{row['sampled_mse']:.5f}",
-        "vs last stage ": against("sampled_mse"),
-        "VGG distance": f"{row['vgg_distance']:.4f}" if "vgg_distance" in row else "–",
+        "KL, nats": cell(row, "kl_nats", 1),
+        "MSE": cell(row, "mse", 5),
+        "vs last stage": against(row, last, "mse"),
+        "MSE of a sample": cell(row, "sampled_mse", 5),
+        "vs last stage ": against(row, last, "sampled_mse"),
+        "VGG distance": cell(row, "vgg_distance", 4),
     }
 
 
-def refuse_chain(comparison):
-    """Raise InputError where a stage has too few latents for the next, before any is trained."""
-    s, latents, name = comparison.settings, comparison.teacher.latent_dim, "the teacher"
+def refuse_chain(settings, teacher):
+    """Raise InputError, before any is trained, where a setting has not one value for each stage, or
+    a stage has too few latents for the next."""
+    s = settings
+    for name in ("epochs", "latent_weights", "projections"):
+        count = len(getattr(s, name))
+        if count != len(s.stages):
+            raise InputError(
+                f"--{name.replace('_', '-')} has {count} values for {len(s.stages)} stages: give "
+                "one for each"
+            )
+    latents, name = teacher.latent_dim, "the teacher"
     for i, stage_shape in enumerate(s.stages):
         wanted = stage_shape["latent_dim"]
         as_it_is = s.projections[i] == "identity"
@@ -166,31 +147,17 @@ def refuse_chain(comparison):
 
 def distil_in_stages(settings):
     s = settings
-    for name in PER_STAGE:
-        values = getattr(s, name)
-        if len(values) != len(s.stages):
-            raise InputError(
-                f"--{name.replace('_', '-')} has {len(values)} values for {len(s.stages)} stages: "
-                "give one for each"
-            )
-    comparison = Comparison(settings, "progressive")
-    refuse_chain(comparison)
+    comparison = Comparison(s, "progressive", split=s.split, judge=s.judge, judged=s.judged)
+    refuse_chain(s, comparison.teacher)
     check_writable(comparison.folder)
     check_writable(s.output_dir)
     chain = " → ".join(["the teacher", *(shape_name(stage_shape) for stage_shape in s.stages)])
     comparison.print_summary(f"{chain}; epochs {s.epochs}, at {s.rate:g} nats, seed {s.seed}")
     csv_path, rows = s.output_dir / "progressive.csv", []
-
-    def keep(row):
+    for row in train_all(comparison):
         rows.append(row)
         write_csv(csv_path, COLUMNS, rows)
-
-    for row in train_stages(comparison):
-        keep(row)
-    last = rows[-1]
-    if s.direct:
-        for row in train_directly(comparison, list(rows)):
-            keep(row)
+    last = rows[len(s.stages) - 1]
     print()
     print_table([table_row(row, last) for row in rows])
     print(

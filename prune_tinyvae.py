@@ -12,70 +12,68 @@ numbers, loss and steps, from random weights.
 
 The same command again resumes where it stopped. Writes the students into checkpoints/pruned/,
 pruning.csv and pruning.png, and prints a table. On one CPU core a student takes about 5 minutes for
-5 epochs of CIFAR-10. Needs `pip install -r requirements-deploy.txt`.
+5 epochs of CIFAR-10. Needs `pip install -r requirements-dev.txt`.
 """
 
 import copy
 from pathlib import Path
 
 import torch
-from matplotlib.figure import Figure
 from torch import nn
 
-from comparison import SPLITS, Comparison
-from metrics import evaluate_vae, vgg_distance
-from models import count_parameters, find_student, load_model, weight_bytes
-from pictures import PANELS, save_figure
-from runtime import InputError, print_table, require, run_script
-from settings import file_path, number, one_of, parse_settings, several, switch, text, whole
-from storage import check_writable, save_checkpoint, write_csv
+from common import kind
+from common.comparison import FIGURES, Comparison, against, cell, make_plots
+from common.data import IMAGE_SHAPE
+from common.metrics import evaluate_vae
+from common.models import count_parameters, find_student, load_model, weight_bytes
+from common.pictures import save_figure
+from common.runtime import InputError, print_table, require, run_script
+from common.settings import parse_settings
+from common.storage import check_writable, save_checkpoint, write_csv
 from tiny_vae_32 import TinyVAE32
-from vae import IMAGE_SHAPE
 
 HERE = Path(__file__).resolve().parent
 
 # --- What is pruned ---
-STUDENT = None  # a file in the checkpoint folder, or a path; None: the best one there, or released
-RATIOS = (0.4, 0.6, 0.8)  # fractions of the parameters to remove, one student for each
-FRESH = True  # beside each, a student of its size from random weights
+# a file in the checkpoint folder, or a path; None: the best one there, or released
+STUDENT: kind.FileOrNone = None
+# fractions of the parameters to remove, one student for each
+RATIOS: kind.several(kind.number(0, 1, above=True)) = (0.4, 0.6, 0.8)
+FRESH: kind.Switch = True  # beside each, a student of its size from random weights
 
 # --- Training, with weights, optimiser and batch size as at the top of distill_tinyvae.py ---
-DATA = None  # as in distill_tinyvae.py; None: what the teacher, or else the student, was trained on
-LIMIT = 0  # train on the first N images; 0 uses all
-TEACHER = None  # to distil from: a file in the checkpoint folder, or a path; or None
-VGG = "imagenet"  # VGG16 of the perceptual term: imagenet, random, none, or a state dict's path
-EPOCHS = 5  # epochs of each student
-LEARNING_RATE = 3e-3  # at the peak
-SEED = 0  # of weights, image order and latent samples
+# as in distill_tinyvae.py; None: what the teacher, or else the student, was trained on
+DATA: kind.text(none=None) = None
+LIMIT: kind.CountOr0 = 0  # train on the first N images; 0 uses all
+# to distil from: a file in the checkpoint folder, or a path; or None
+TEACHER: kind.FileOrNone = None
+# VGG16 of the perceptual term: imagenet, random, none, or a state dict's path
+VGG: kind.Weights = "imagenet"
+EPOCHS: kind.Count = 5  # epochs of each student
+LEARNING_RATE: kind.Positive = 3e-3  # at the peak
+SEED: kind.Seed = 0  # of weights, image order and latent samples
 
 # --- Measuring ---
-SPLIT = "val"  # val while anything is being chosen; test for the final figures
-JUDGE = None  # VGG16 that measures VGG distance: the path of other weights than VGG's; or None
-JUDGED = 2000  # images that the judge sees; 0: all
-DEVICE = "auto"  # auto (cuda, then mps, then cpu), cuda, cpu or mps
-PRECISION = "auto"  # auto, fp32, bf16 or fp16; figures are measured in fp32 always
+# val while anything is being chosen; test for the final figures
+SPLIT: kind.one_of("val", "test") = "val"
+# VGG16 that measures VGG distance: the path of other weights than VGG's; or None
+JUDGE: kind.Weights = None
+JUDGED: kind.CountOr0 = 2000  # images that the judge sees; 0: all
+DEVICE: kind.Device = "auto"  # auto (cuda, then mps, then cpu), cuda, cpu or mps
+PRECISION: kind.Precision = "auto"  # auto, fp32, bf16 or fp16; figures are measured in fp32 always
 
 # --- Files ---
-CHECKPOINT_DIR = HERE / "checkpoints"  # folder of the .pth files; students go to pruned/ in it
-OUTPUT_DIR = HERE / "outputs"  # folder of pruning.csv and pruning.png
+# folder of the .pth files; students go to pruned/ in it
+CHECKPOINT_DIR: kind.Folder = HERE / "checkpoints"
+OUTPUT_DIR: kind.Folder = HERE / "outputs"  # folder of pruning.csv and pruning.png
 
-KINDS = {
-    "STUDENT": file_path(none=None), "RATIOS": several(number(0, 1, above=True)),
-    "FRESH": switch(),
-    "DATA": text(none=None), "LIMIT": whole(0, none=0), "TEACHER": file_path(none=None),
-    "VGG": text(none="none"), "EPOCHS": whole(1), "LEARNING_RATE": number(0, above=True),
-    "SEED": whole(0, 2**32 - 1),
-    "SPLIT": one_of("val", "test"), "JUDGE": text(none="none"), "JUDGED": whole(0, none=0),
-    "DEVICE": one_of("auto", "cuda", "cpu", "mps"),
-    "PRECISION": one_of("auto", "fp32", "bf16", "fp16"), "CHECKPOINT_DIR": file_path(),
-    "OUTPUT_DIR": file_path(),
-}
+# --- Not settings ---
 
-FIGURES = ("mse", "psnr", "vgg_distance", "kl_nats", "active_dims")
 COLUMNS = (
     "student", "ratio", "split", "channels", "parameters", "weight_bytes", *FIGURES, "mse_as_cut",
     "seconds",
 )
+COLOURS = {"pruned": "tab:blue", "fresh": "tab:orange"}
 
 
 def pruned_widths(student, ratio):
@@ -137,63 +135,38 @@ def prune(student, encoder_channels, decoder_channels):
 
 
 def train(comparison, pruned, ratio, start):
-    """A row of the table: the pruned student trained on, or one of its size from random weights.
-
-    Args:
-        comparison: what all of them share.
-        pruned: the student as it was cut.
-        ratio: the fraction that was cut.
-        start: `pruned`, or `fresh` for random weights.
-    """
-    settings = comparison.settings
-    architecture = pruned.architecture
+    """A row of the table: the student that was cut by this ratio, trained on (`pruned`), or one of
+    its channels from random weights (`fresh`)."""
+    s, architecture = comparison.settings, pruned.architecture
     if start == "pruned":
         cut = comparison.folder / f"cut_{ratio:g}.pth"
         save_checkpoint(cut, {"architecture": architecture, "model": pruned.state_dict()})
         changes = {"start": cut}
     else:
-        shape = ("latent_dim", "encoder_channels", "decoder_channels")
-        changes = {name: architecture[name] for name in shape}
-    changes["learning_rate"] = settings.learning_rate
-    folder = f"{start}_{ratio:g}"
-    label = f"{start}, −{ratio:.0%}"
-    trained = comparison.train_student(label, folder, settings.seed, **changes)
-    seconds = round(sum(epoch["seconds"] for epoch in trained["rows"]), 1)
-    vae, _ = load_model(comparison.folder / folder / "tinyvae_best.pth", TinyVAE32)
-    return {"seconds": seconds} | measure(comparison, start, vae, ratio)
+        changes = {name: value for name, value in architecture.items() if name != "name"}
+    vae, row = comparison.train_and_measure(
+        f"{start}, −{ratio:.0%}", f"{start}_{ratio:g}", s.seed,
+        learning_rate=s.learning_rate, **changes,
+    )
+    return {"student": start, "ratio": ratio} | size(vae) | row
 
 
-def measure(comparison, name, vae, ratio=0.0):
-    vae.to(comparison.device, memory_format=torch.channels_last)
-    found = evaluate_vae(vae, comparison.held_out.images)
-    if comparison.judge:
-        found["vgg_distance"] = vgg_distance(vae, comparison.judged, comparison.judge)
+def size(vae):
     channels = vae.architecture["encoder_channels"] + vae.architecture["decoder_channels"]
-    row = {
-        "student": name,
-        "ratio": ratio,
-        "split": comparison.settings.split,
-        "parameters": count_parameters(vae),
-        "weight_bytes": weight_bytes(vae),
-        "channels": "-".join(map(str, channels)),
-    }
-    return row | {key: found[key] for key in FIGURES if key in found}
+    return {"channels": "-".join(map(str, channels)), "weight_bytes": weight_bytes(vae)}
 
 
 def table_row(row, whole):
-    def cell(key, digits):
-        return f"{row[key]:.{digits}f}" if key in row else "–"
-
     return {
         "student": row["student"] + (f", −{row['ratio']:.0%}" if row["ratio"] else ""),
         "channels": row["channels"],
         "parameters": f"{row['parameters']:,}",
         "weights, bytes": f"{row['weight_bytes']:,}",
-        "MSE": cell("mse", 5),
-        "vs whole": f"{row['mse'] / whole['mse'] - 1:+.1%}",
-        "MSE as cut": cell("mse_as_cut", 4),
-        "VGG distance": cell("vgg_distance", 4),
-        "KL, nats": cell("kl_nats", 1),
+        "MSE": cell(row, "mse", 5),
+        "vs whole": against(row, whole, "mse"),
+        "MSE as cut": cell(row, "mse_as_cut", 4),
+        "VGG distance": cell(row, "vgg_distance", 4),
+        "KL, nats": cell(row, "kl_nats", 1),
     }
 
 
@@ -205,60 +178,49 @@ def draw_sizes(path, rows, title):
         rows: those of pruning.csv.
         title: data and budget in a few words.
     """
-    panels = [panel for panel in PANELS if panel[0] in rows[0]]
-    figure = Figure(figsize=(6 * len(panels), 4.5), layout="constrained")
-    figure.suptitle(title, fontsize=11)
-    whole = rows[0]
-    for ax, (measure, name) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
-        for kind, label, colour in (
-            ("pruned", "pruned, trained on", "tab:blue"),
-            ("fresh", "from random weights, the same steps", "tab:orange"),
-        ):
-            points = sorted((r["parameters"], r[measure]) for r in rows if r["student"] == kind)
+    whole, *others = rows
+    figure, plots = make_plots(rows, title)
+    for ax, name, label in plots:
+        for start, colour in COLOURS.items():
+            points = sorted((r["parameters"], r[name]) for r in others if r["student"] == start)
             if points:
-                ax.plot(*zip(*points), marker="o", color=colour, label=label)
-        ax.plot(
-            whole["parameters"], whole[measure], "k*", markersize=10, label="before pruning"
-        )
-        for row in rows:
+                ax.plot(*zip(*points), marker="o", color=colour, label=start)
+        ax.plot(whole["parameters"], whole[name], "k*", markersize=10, label="whole")
+        for row in others:
             if row["student"] == "pruned":
                 ax.annotate(
-                    f"−{row['ratio']:.0%}", (row["parameters"], row[measure]), xytext=(0, -12),
+                    f"−{row['ratio']:.0%}", (row["parameters"], row[name]), xytext=(0, -12),
                     textcoords="offset points", fontsize=8, ha="center",
                 )
-        ax.margins(0.1, 0.15)
         ax.xaxis.set_major_formatter(lambda value, _: f"{value / 1000:.0f}k")
         ax.set_xlabel("parameters", fontsize=9)
-        ax.set_ylabel(name, fontsize=9)
-        ax.tick_params(labelsize=8)
-        ax.grid(alpha=0.3)
+        ax.set_ylabel(label, fontsize=9)
         ax.legend(fontsize=8)
     save_figure(figure, path)
 
 
 def prune_all(settings):
-    for ratio in settings.ratios:
-        if ratio >= 1:
-            raise InputError(f"--ratios takes fractions between 0 and 1, got {ratio:g}")
-    student_path = find_student(settings.student, settings.checkpoint_dir)
-    student, checkpoint = load_model(student_path, TinyVAE32)
-    students = {ratio: prune(student, *pruned_widths(student, ratio)) for ratio in settings.ratios}
+    s = settings
+    student, checkpoint = load_model(find_student(s.student, s.checkpoint_dir), TinyVAE32)
+    students = {ratio: prune(student, *pruned_widths(student, ratio)) for ratio in s.ratios}
     record = checkpoint.get("record", {})
-    comparison = Comparison(settings, "pruned", record.get("data"))
+    comparison = Comparison(
+        s, "pruned", record.get("data"), split=s.split, judge=s.judge, judged=s.judged
+    )
     comparison.refuse_judge_of(record)
     check_writable(comparison.folder)
-    check_writable(settings.output_dir)
+    check_writable(s.output_dir)
     comparison.print_summary(
-        f"{settings.epochs} epochs for each student, seed {settings.seed}, peak learning rate "
-        f"{settings.learning_rate:g}"
+        f"{s.epochs} epochs for each student, seed {s.seed}, peak learning rate "
+        f"{s.learning_rate:g}"
     )
-    csv_path, png_path = settings.output_dir / "pruning.csv", settings.output_dir / "pruning.png"
-    title = f"{comparison.data}, {SPLITS[settings.split]} split, {settings.epochs} epochs each"
-    rows = [measure(comparison, "whole", student)]
+    csv_path, png_path = s.output_dir / "pruning.csv", s.output_dir / "pruning.png"
+    title = f"{comparison.data}, {s.split} split, {s.epochs} epochs each"
+    rows = [{"student": "whole", "ratio": 0} | size(student) | comparison.measure(student)]
     for ratio, pruned in students.items():
         cut = evaluate_vae(copy.deepcopy(pruned).to(comparison.device), comparison.held_out.images)
         rows.append(train(comparison, pruned, ratio, "pruned") | {"mse_as_cut": cut["mse"]})
-        if settings.fresh:
+        if s.fresh:
             rows.append(train(comparison, pruned, ratio, "fresh"))
         write_csv(csv_path, COLUMNS, rows)
         draw_sizes(png_path, rows, title)

@@ -1,0 +1,259 @@
+"""Students trained for comparison: how each is trained and measured, and what tables and plots of
+them have in common.
+
+Each is trained by a run of distill_tinyvae.py, with other flags, in a folder of its own. A run that
+stopped is resumed, and one that is done is not repeated.
+"""
+
+import contextlib
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+
+from common import kind
+from common.data import Split, load_test_images, load_training_images, spread
+from common.metrics import evaluate_vae, sampled_mse, vgg_distance
+from common.models import BEST_STUDENT, count_parameters, find_checkpoint, load_model
+from common.runtime import InputError, describe_device, pick_device, pick_precision
+from common.settings import as_word
+from common.storage import check_writable, fingerprint, load_checkpoint, locked
+from common.vgg import VGGFeatures, load_vgg16
+from tiny_vae_32 import TinyVAE32
+
+SCRIPT = Path(__file__).resolve().parents[1] / "distill_tinyvae.py"
+SPLITS = {"val": "validation", "test": "test"}
+SHAPE = ("encoder_channels", "latent_dim", "decoder_channels")  # of a TinyVAE32
+# What `Comparison.measure` finds of a student, beside its parameters and the split.
+FIGURES = ("mse", "sampled_mse", "psnr", "kl_nats", "active_dims", "vgg_distance")
+PLOTTED = {"mse": "MSE from mu, pixels in [0, 1]", "vgg_distance": "VGG distance"}
+
+
+# --- The shape of a student in a word ---
+
+
+def shape():
+    """A setting: the shape of a TinyVAE32 in a word, 16-32-64-128_64_128-64-32-16 for the default:
+    channels of its encoder, latents, channels of its decoder. Constructor arguments."""
+
+    def read(word):
+        encoder, latents, decoder = str(word).split("_")
+        encoder, decoder = (kind.Channels.read(side.split("-")) for side in (encoder, decoder))
+        return dict(zip(SHAPE, (encoder, kind.Count.read(latents), decoder)))
+
+    return kind.Kind(read, "a shape like 16-32-64-128_64_128-64-32-16")
+
+
+def shape_name(shape):
+    """Constructor arguments of a TinyVAE32 → the word for its shape."""
+    encoder, latents, decoder = (shape[name] for name in SHAPE)
+    return f"{'-'.join(map(str, encoder))}_{latents}_{'-'.join(map(str, decoder))}"
+
+
+# --- A run of distill_tinyvae.py ---
+
+
+def run_distillation(label, folder, settings, is_hopeless=None):
+    """Train a student by distill_tinyvae.py, or resume it, or find that it is done.
+
+    Args:
+        label: the student in a few words.
+        folder: for its checkpoints, metrics.csv, pictures, and log.txt with what the run prints.
+        settings: name → value, those that differ from the constants of the script. START, DEMO and
+            OVERWRITE are of a single run: edited in the script, they do not count here.
+        is_hopeless: called with the student's `validation_rows` so far; True stops the run.
+
+    Returns the content of its tinyvae_last.pth, or None if the run was stopped. Raises InputError
+    if it fails; the script's own words are on the terminal by then.
+    """
+    check_writable(folder)
+    folders = {"checkpoint_dir": folder, "output_dir": folder, "resume": True}
+    flags = as_flags({"start": None, "demo": False, "overwrite": False} | settings | folders)
+    print(f"\n{label}: {folder}", flush=True)
+    with locked(folder, wait=True, name=".started"), (folder / "log.txt").open("a") as log:
+        with locked(folder, wait=True):  # for a run that has outlived what started it
+            pass
+        code = run_process(
+            [sys.executable, SCRIPT, *flags], log,
+            lambda: is_hopeless and is_hopeless(validation_rows(folder)),
+        )
+    if code:
+        raise InputError(
+            f"{label} did not finish, for the reason above: correct that and repeat the command "
+            f"(remove {folder} to train it again)"
+        )
+    return None if code is None else load_checkpoint(folder / "tinyvae_last.pth")
+
+
+def as_flags(settings):
+    """{"kl_weight": 0.2, "demo": False} → ["--kl-weight", "0.2", "--no-demo"]."""
+    words = []
+    for name, value in settings.items():
+        name = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            words += [f"--{name}", as_word(value)]
+    return words
+
+
+def run_process(command, stdout, is_to_stop):
+    """Run a command, asking every second whether to stop it. Its exit code, None if stopped."""
+    process = subprocess.Popen(command, stdout=stdout)
+    try:
+        while process.poll() is None:
+            if is_to_stop():
+                return None
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(1)
+        return process.returncode
+    finally:  # also where this process is interrupted
+        process.terminate()  # does nothing to one that has ended
+        process.wait()
+
+
+def validation_rows(folder):
+    """A sample's error and the KL after each epoch of a student, which may still be training."""
+    path = folder / "metrics.csv"
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return [
+            {name: float(row[name]) for name in ("val_sampled_mse", "kl_nats")}
+            for row in csv.DictReader(file)
+            if row["stage"] == "student"
+        ]
+
+
+# --- What students share ---
+
+
+class Comparison:
+    """Images, teacher and judge that all students share.
+
+    Args:
+        settings: has data, limit, teacher, vgg, epochs, device, precision and checkpoint_dir.
+            teacher may be None: then they train without one.
+        name: folder of the students in checkpoint_dir.
+        trained_on: the images to take where neither settings nor teacher name any, or None.
+        split: val or test, to measure on.
+        judge: VGG16 that measures VGG distance, or none.
+        judged: images that the judge sees; 0: all.
+
+    Raises InputError where nothing names the images, and for what cannot be loaded.
+    """
+
+    def __init__(self, settings, name, trained_on=None, split="val", judge="none", judged=0):
+        self.settings, self.split = settings, split
+        self.folder = settings.checkpoint_dir / name
+        self.device = pick_device(settings.device)
+        self.precision = pick_precision(settings.precision, self.device)
+        self.teacher, self.teacher_path, self.teacher_sha256 = None, None, ""
+        if settings.teacher:
+            self.teacher_path = find_checkpoint(settings.teacher, settings.checkpoint_dir)
+            teacher, checkpoint = load_model(self.teacher_path)
+            self.teacher = teacher.to(self.device, memory_format=torch.channels_last)
+            self.teacher_sha256 = fingerprint(teacher)
+            trained_on = checkpoint.get("record", {}).get("data", trained_on)
+        self.data = settings.data or trained_on
+        if not self.data:
+            named = self.teacher_path or "the student's checkpoint"
+            raise InputError(f"{named} does not name its images: use --data")
+        images = load_training_images(self.data, settings.limit)
+        self.record = images.record
+        self.train = Split(images.train, images.labels).to(self.device)
+        held_out = Split(images.val, images.val_labels)
+        if split == "test":
+            held_out = load_test_images(self.data, settings.limit)
+        self.held_out = held_out.to(self.device)
+        _, self.vgg_record = load_vgg16(settings.vgg)
+        judge, self.judge_record = load_vgg16(judge)
+        self.refuse_judge_of(self.vgg_record)
+        self.judge = judge and VGGFeatures(judge).to(self.device)
+        self.judged = spread(self.held_out.images, judged)
+
+    def refuse_judge_of(self, record):
+        """Raise InputError if the judge is the VGG16 that a student with this record knows."""
+        sha256 = self.judge_record["vgg_sha256"]
+        if sha256 and sha256 == record.get("vgg_sha256"):
+            raise InputError(
+                "--judge holds the weights that the students are trained with, which cannot judge "
+                "them: name others, or --judge none"
+            )
+
+    def train_student(self, label, folder, seed, is_hopeless=None, **changes):
+        """`run_distillation` with the images and the teacher of this comparison."""
+        settings = self.settings
+        shared = {
+            "data": self.data,
+            "limit": settings.limit,
+            "teacher": self.teacher_path,
+            "teacher_outputs": self.teacher and self.folder / "teacher_outputs.pth",
+            "vgg": settings.vgg,
+            "epochs": settings.epochs,
+            "seed": seed,
+            "device": settings.device,
+            "precision": settings.precision,
+            "save_every": 1_000_000,  # no numbered checkpoints
+        }
+        return run_distillation(label, self.folder / folder, shared | changes, is_hopeless)
+
+    def train_and_measure(self, label, folder, seed, **changes):
+        """Train a student, or find that it is trained. Returns that of its best epoch, and its row:
+        path, seconds, and what `measure` finds."""
+        trained = self.train_student(label, folder, seed, **changes)
+        path = self.folder / folder / BEST_STUDENT
+        vae, _ = load_model(path, TinyVAE32)
+        seconds = round(sum(epoch["seconds"] for epoch in trained["rows"]), 1)
+        return vae, {"path": path, "seconds": seconds} | self.measure(vae)
+
+    def measure(self, vae):
+        """Split, parameters, and those of FIGURES that there are, in fp32; moves the model to the
+        device. VGG distance needs a judge."""
+        vae.to(self.device, memory_format=torch.channels_last)
+        row = {"split": self.split, "parameters": count_parameters(vae)}
+        row |= evaluate_vae(vae, self.held_out.images)
+        row["sampled_mse"] = sampled_mse(vae, self.held_out.images)
+        if self.judge:
+            row["vgg_distance"] = vgg_distance(vae, self.judged, self.judge)
+        return row
+
+    def print_summary(self, budget):
+        print(
+            f"teacher  {self.teacher_path or 'none'}\n"
+            f"images   {self.data}: {len(self.train.images):,} to train on; figures are of "
+            f"{len(self.held_out.images):,} of the {SPLITS[self.split]} split\n"
+            f"VGG16    {self.vgg_record['vgg_weights']}; judge: "
+            f"{self.judge_record['vgg_weights']}\n"
+            f"budget   {budget}\n"
+            f"device   {describe_device(self.device)}, {self.precision}"
+        )
+
+
+# --- Tables and plots ---
+
+
+def cell(row, name, digits):
+    """A figure for a table; – where the row lacks it."""
+    return f"{row[name]:.{digits}f}" if name in row else "–"
+
+
+def against(row, other, name):
+    """A figure's difference from another row's, for a table; – in that row itself."""
+    return "–" if row is other or name not in row else f"{row[name] / other[name] - 1:+.1%}"
+
+
+def make_plots(rows, title):
+    """A figure, and (axes, name, label) for each of PLOTTED that the rows have."""
+    names = [name for name in PLOTTED if name in rows[0]]
+    figure = Figure(figsize=(6 * len(names), 4.5), layout="constrained")
+    figure.suptitle(title, fontsize=11)
+    axes = figure.subplots(1, len(names), squeeze=False)[0]
+    for ax in axes:
+        ax.grid(alpha=0.3)
+        ax.tick_params(labelsize=8)
+        ax.margins(0.1, 0.15)
+    return figure, [(ax, name, PLOTTED[name]) for ax, name in zip(axes, names)]

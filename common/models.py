@@ -1,0 +1,144 @@
+"""From a checkpoint to its model and the images it was trained on; how large a model is."""
+
+import copy
+import io
+from pathlib import Path
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from common.data import IMAGE_SHAPE, load_test_images, load_training_images
+from common.runtime import InputError, is_out_of_memory
+from common.storage import load_checkpoint
+from standard_vae import StandardVAE
+from tiny_vae_32 import TinyVAE32
+
+BEST_STUDENT = "tinyvae_best.pth"  # what a run leaves
+RELEASED = Path(__file__).resolve().parents[1] / "checkpoints" / "tinyvae_cifar10.pth"
+MODELS = {"StandardVAE": StandardVAE, "TinyVAE32": TinyVAE32}
+
+
+def load_model(path, expected=None):
+    """The model in a checkpoint, built as the checkpoint describes it, and the whole checkpoint.
+
+    Args:
+        path: the checkpoint.
+        expected: the class that it should hold, TinyVAE32 or StandardVAE; None takes either.
+
+    Returns (model, checkpoint), the model in evaluation mode on the CPU. Raises InputError for what
+    `load_checkpoint` refuses, for another class, and for weights that do not fit.
+    """
+    checkpoint = load_checkpoint(path)
+    architecture, record = checkpoint.get("architecture"), checkpoint.get("record", {})
+    if not (isinstance(architecture, dict) and isinstance(record, dict) and "model" in checkpoint):
+        raise InputError(f"{path} is not a model checkpoint of this project: name one that is")
+    arguments = dict(architecture)
+    name = arguments.pop("name", None)
+    network = MODELS.get(name) if isinstance(name, str) else None
+    if network is None or network is not (expected or network):
+        needed = expected.__name__ if expected else " or a ".join(MODELS)
+        raise InputError(f"{path} holds a {name}, but a {needed} is needed here")
+    try:
+        with torch.device("meta"):  # nothing is allocated before its size is known
+            shapes = network(**arguments).state_dict()
+        refuse_other_weights(checkpoint["model"], shapes)
+        model = network(**arguments)
+        model.load_state_dict(checkpoint["model"])
+    except (TypeError, ValueError, RuntimeError, AttributeError, OverflowError) as error:
+        if is_out_of_memory(error):
+            raise
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise InputError(f"the weights in {path} do not fit its architecture: {reason}") from error
+    return model.eval(), checkpoint
+
+
+def refuse_other_weights(weights, expected):
+    """Raise ValueError unless weights are finite and of the names, shapes and types expected."""
+    if not isinstance(weights, dict) or set(weights) != set(expected):
+        raise ValueError("other layers")
+    for name, tensor in weights.items():
+        is_tensor = isinstance(tensor, torch.Tensor)
+        if not is_tensor or tensor.shape != expected[name].shape:
+            shape = list(tensor.shape) if is_tensor else type(tensor).__name__
+            what = f"{name} is {shape}, not {list(expected[name].shape)}"
+            # The width of this one is channels × positions; its height, latents.
+            if is_tensor and name == "fc_mu.weight" and len(tensor) == len(expected[name]):
+                what += ": it may be made for images of another size than 32×32"
+            raise ValueError(what)
+        if tensor.layout != torch.strided:
+            raise ValueError(f"{name} is {tensor.layout}, not dense")
+        # Stored in half precision, weights are loaded into single precision.
+        is_half = tensor.dtype == torch.half and expected[name].is_floating_point()
+        if tensor.dtype != expected[name].dtype and not is_half:
+            raise ValueError(f"{name} is {tensor.dtype}, not {expected[name].dtype}")
+        if not tensor.isfinite().all():
+            raise ValueError(f"{name} holds NaN or infinity")
+
+
+def find_checkpoint(path, folder):
+    """A file in the checkpoint folder, or else a path as it is."""
+    return folder / path if (folder / path).exists() or not path.exists() else path
+
+
+def find_student(path, folder):
+    """The path of a student: the one that is named; for None, the best one in the folder; where no
+    run has left one in checkpoints/, the released one. Prints which."""
+    if path is not None:
+        found = find_checkpoint(path, folder)
+    elif not (folder / BEST_STUDENT).exists() and folder.resolve() == RELEASED.parent:
+        print(f"student  {RELEASED}, the released one: no run has left another")
+        return RELEASED
+    else:
+        found = folder / BEST_STUDENT
+    print(f"student  {found}")
+    return found
+
+
+def find_images(data, limit, student_path, record):
+    """Training and test images: those of `data`, or what the student was trained on.
+
+    The released student's own images may not be there: then CIFAR-10, or else crops of a few
+    photographs, take their place, and the figures, the record and the pictures name them.
+
+    Args:
+        data: a source of data.py, or None for the student's own.
+        limit: of the training images; 0: as many as the student saw, or all of `data`.
+        student_path: the student's file.
+        record: what it says of its training.
+    """
+    if data is not None:
+        sources = [(data, limit)]
+    elif "data" not in record:
+        raise InputError(f"{student_path} does not say its images: name them with --data")
+    else:
+        sources = [(record["data"], limit or record["limit"])]
+        if student_path.resolve() == RELEASED:
+            sources += [("cifar10", limit), ("photo-crops", limit or 5000)]
+    for source, count in sources:
+        try:
+            return load_training_images(source, count), load_test_images(source, count)
+        except InputError as error:
+            if source == sources[-1][0]:
+                raise
+            print(f"images   not {source}: {error}")
+
+
+def weight_bytes(model):
+    """Size of a model's state dict on disk: weights and BatchNorm statistics, nothing else."""
+    buffer = io.BytesIO()
+    torch.save(model.state_dict(), buffer)
+    return buffer.getbuffer().nbytes
+
+
+def count_parameters(model):
+    """Number of trainable and frozen parameters; BatchNorm's running statistics do not count."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def count_macs(vae):
+    """Multiply-accumulates to encode and decode one image."""
+    vae = copy.deepcopy(vae).to("meta").eval()  # nothing is computed
+    vae.check_range = False
+    with FlopCounterMode(display=False) as counter:
+        vae(torch.empty(1, *IMAGE_SHAPE, device="meta"))
+    return counter.get_total_flops() // 2

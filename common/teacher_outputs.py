@@ -1,0 +1,107 @@
+"""The teacher's latents and outputs. The images never change, so one pass serves every epoch."""
+
+from typing import NamedTuple
+
+import torch
+
+from common.data import to_float
+from common.distributed import rank
+from common.metrics import ACTIVE_VARIANCE, EVALUATION_BATCH, count_active, encode_means
+from common.runtime import InputError, autocast, progress_bar
+from common.storage import check_writable, fingerprint, load_checkpoint, save_checkpoint
+
+
+class TeacherOutputs(NamedTuple):
+    mu: torch.Tensor      # of the training images, N×latents, float32
+    logits: torch.Tensor  # decoded from that mu, N×3×32×32, float16
+    val_mu: torch.Tensor  # of the held-out images, M×latents
+
+
+def refuse_other_file(cache):
+    """Raise InputError if `cache` cannot be written, or would replace a file of another kind."""
+    if not cache:
+        return
+    if not rank():
+        check_writable(cache.parent)
+    if cache.exists() and "made_from" not in load_checkpoint(cache):
+        raise InputError(f"{cache} does not hold a teacher's outputs: name another file")
+
+
+def teacher_outputs(teacher, run, cache=None):
+    """The TeacherOutputs of a run's images.
+
+    Args:
+        teacher: a VAE on the run's device, in evaluation mode.
+        run: a Run of runs.py.
+        cache: a file to keep them in, for runs that share teacher, images and precision: they are
+            read from it where it fits, else computed and written to it.
+    """
+    made_from = {name: run.record[name] for name in ("pixels_sha256", "precision")}
+    made_from["teacher_sha256"] = fingerprint(teacher)
+    cached = read_cache(cache, made_from, run.device)
+    if cached:
+        return cached
+    mu, logits = compute_outputs(teacher, run.images, run.precision)
+    outputs = TeacherOutputs(mu, logits, encode_means(teacher, run.val_images, run.precision))
+    if cache and not rank():
+        save_checkpoint(cache, {"made_from": made_from, "outputs": outputs._asdict()})
+    return outputs
+
+
+def read_cache(cache, made_from, device):
+    if not cache or not cache.exists():
+        return None
+    try:
+        found = load_checkpoint(cache)
+        if found["made_from"] == made_from:
+            return TeacherOutputs(**{k: v.to(device) for k, v in found["outputs"].items()})
+        print(f"{cache} was made with another teacher, images or precision: computing it again")
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{cache} is damaged: delete it, and it is computed again") from error
+    return None
+
+
+@torch.no_grad()
+def check_teacher(teacher, images, path, latent_dim):
+    """Raise InputError for a teacher that was trained on pixels in another range; warn of one with
+    fewer latents alive than the student has.
+
+    Args:
+        teacher: a VAE in evaluation mode.
+        images: some of the training images, uint8, on the teacher's device.
+        path: the teacher's file.
+        latent_dim: latents that the student needs of it; 0: none.
+    """
+    pixels = to_float(images)
+    teacher.check_range = False
+    errors, mu = {}, {}
+    for name, factor, offset in (("[0, 1]", 1, 0), ("[-1, 1]", 2, -1), ("[0, 255]", 255, 0)):
+        mu[name], _ = teacher.encode(pixels * factor + offset)
+        errors[name] = (teacher.decode(mu[name]) - pixels).square().mean().item()
+    teacher.check_range = True
+    best = min(errors, key=errors.get)
+    if errors[best] < 0.5 * errors["[0, 1]"]:
+        raise InputError(
+            f"{path} was trained on pixels in {best}, and pixels here are in [0, 1] (MSE "
+            f"{errors['[0, 1]']:.4f}, scaled to {best} {errors[best]:.4f}): train one with "
+            "--teacher train"
+        )
+    alive = count_active(mu["[0, 1]"])
+    if alive < latent_dim:
+        print(
+            f"Warning: {alive} of the {teacher.latent_dim} latents of {path} are alive (variance "
+            f"of mu above {ACTIVE_VARIANCE}), fewer than the student's {latent_dim}: the latent "
+            "term can teach no more than these"
+        )
+
+
+@torch.no_grad()
+def compute_outputs(teacher, images, precision):
+    mus, logits = [], []
+    chunks = images.split(EVALUATION_BATCH)
+    for chunk in progress_bar(chunks, desc="teacher's outputs", unit="batch", leave=False):
+        with autocast(images.device, precision):
+            mu, _ = teacher.encode(to_float(chunk))
+            logits.append(teacher.decode_logits(mu).half())
+        mus.append(mu.float())
+    return torch.cat(mus), torch.cat(logits)

@@ -1,0 +1,86 @@
+"""The benchmarks: what they time is what distill_tinyvae.py does, and what they write."""
+
+import sys
+
+import pytest
+
+import distill_tinyvae
+from benchmarks import scaling, speed
+from common.losses import TERMS
+from common.runtime import InputError
+from common.settings import parse_settings
+from tests.testing import read_csv
+
+SMALL = ("--limit", "70", "--batch-size", "16", "--repeats", "1", "--device", "cpu")
+
+
+def test_the_recipe_is_that_of_distill_tinyvae():
+    recipe = parse_settings(vars(distill_tinyvae), [])
+    assert {name: getattr(recipe, f"{name}_weight") for name in TERMS} == speed.WEIGHTS
+    assert recipe.kl_scale == speed.KL_SCALE
+    assert recipe.perceptual_scale == speed.PERCEPTUAL_SCALE
+    assert recipe.temperature == speed.TEMPERATURE
+    assert recipe.teacher_kl_weight == speed.TEACHER_KL_WEIGHT
+    settings = parse_settings(vars(speed), [])
+    assert settings.batch_size == recipe.batch_size
+    assert settings.perceptual_images == recipe.perceptual_images
+
+
+def test_the_loop_by_hand_minimises_what_ours_does(tmp_path, capsys):
+    speed.main([*SMALL, "--others", "loop,loop_all", "--output-dir", str(tmp_path)])
+    rows = {(row["stage"], row["trainer"]): row for row in read_csv(tmp_path / "bench_speed.csv")}
+    assert len(rows) == 6
+    for (stage, _), row in rows.items():
+        assert row["steps"] == "8" and float(row["ms_per_step"]) > 1
+        assert float(row["command_seconds"]) > 1 and row["torch"] and row["threads"]
+        # The same weights at the start, few and small steps; noise and the images' order differ,
+        # and ours calibrates BatchNorm in the teacher that the student learns from.
+        ours, tolerance = float(rows[stage, "ours"]["loss"]), {"teacher": 0.1, "student": 0.3}
+        assert float(row["loss"]) == pytest.approx(ours, rel=tolerance[stage])
+    printed = capsys.readouterr().out
+    assert "times ours" in printed and "whole command" in printed
+
+
+@pytest.mark.parametrize("library", speed.LIBRARIES)
+def test_a_library_trains_the_same_where_it_is_installed(tmp_path, library):
+    pytest.importorskip(library)
+    speed.main([*SMALL, "--others", f"loop,{library}", "--output-dir", str(tmp_path)])
+    rows = {(row["stage"], row["trainer"]): row for row in read_csv(tmp_path / "bench_speed.csv")}
+    for stage in ("teacher", "student"):
+        loss = float(rows[stage, "loop"]["loss"])
+        assert float(rows[stage, library]["loss"]) == pytest.approx(loss, rel=0.1)
+        assert rows[stage, library][library]  # its version
+
+
+def test_a_library_that_is_not_installed_is_left_out_with_a_sentence(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setitem(sys.modules, "lightning", None)
+    row = {"ms_per_step": 2.0, "command_seconds": 3.0, "loss": 0.1}
+    monkeypatch.setattr(speed, "measure", lambda *_: [
+        {"stage": stage} | row for stage in ("teacher", "student")
+    ])
+    speed.main([*SMALL, "--others", "loop,lightning", "--output-dir", str(tmp_path)])
+    assert "lightning is left out, since it is not installed: pip" in capsys.readouterr().out
+    trainers = [row["trainer"] for row in read_csv(tmp_path / "bench_speed.csv")]
+    assert trainers == ["ours", "ours", "loop", "loop"]
+
+
+def test_what_cannot_be_timed_is_refused_in_a_sentence(tmp_path):
+    flags = ("--others", "loop", "--output-dir", str(tmp_path), "--device", "cpu")
+    with pytest.raises(InputError, match="31 images do not fill two batches: raise --limit"):
+        speed.main([*flags, "--limit", "31", "--batch-size", "16"])
+    with pytest.raises(InputError, match=r"ours could not train: error: .* too few to project"):
+        speed.main([*flags, "--limit", "64", "--batch-size", "16"])  # fewer than latents
+
+
+def test_the_scaling_counts_the_images_of_all_processes(tmp_path):
+    flags = ("--limit", "64", "--epochs", "1", "--device", "cpu", "--output-dir", str(tmp_path))
+    scaling.main([*flags, "--processes", "1,2", "--batch-size", "32"])
+    rows = read_csv(tmp_path / "bench_scaling.csv")
+    assert [row["processes"] for row in rows] == ["1", "2"]
+    for row in rows:
+        images_per_second = 1000 * 32 / float(row["ms_per_step"])
+        assert float(row["images_per_second"]) == pytest.approx(images_per_second)
+    with pytest.raises(InputError, match="1 processes did not finish, for the reason above"):
+        scaling.main([*flags, "--processes", "1", "--batch-size", "128"])

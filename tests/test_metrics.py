@@ -1,0 +1,276 @@
+"""Figures, and the files that keep them: metrics, baselines, checkpoints, tables."""
+
+import io
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from common import data, losses, metrics, models, storage, vgg
+from common.runtime import InputError
+from standard_vae import StandardVAE
+from tests.testing import HERE, on_posix, random_images, random_normal
+from tiny_vae_32 import TinyVAE32
+
+# --- Metrics ---
+
+
+def test_luma_and_chroma_of_known_colours():
+    colours = torch.tensor([[1.0, 1, 1], [0.502, 0.502, 0.502], [1, 0, 0], [0, 0, 1]])
+    luma, chroma = metrics.luma_chroma(colours[:, :, None, None])
+    assert luma.flatten().tolist() == pytest.approx([1, 0.502, 0.299, 0.114], abs=1e-3)
+    assert chroma[:2].abs().max() < 1e-6  # greys have no colour
+    assert chroma[2:].flatten().tolist() == pytest.approx([-0.169, 0.5, 0.5, -0.081], abs=1e-3)
+
+
+def test_detail_kept_tells_brightness_from_colour():
+    images = (random_images(600) * 255).byte()
+
+    def mean(batch):
+        return batch.mean((2, 3), keepdim=True).expand_as(batch)
+
+    for reconstruct, expected in (
+        (lambda batch: batch, [1, 1, 1]),
+        (mean, [0, 0, 1]),
+        (lambda batch: metrics.luma_chroma(batch)[0].expand_as(batch), [1, 0, 0]),
+        (lambda batch: (batch + mean(batch)) / 2, [0.5, 0.5, 1]),
+    ):
+        figures = metrics.evaluate_images(reconstruct, images, with_detail=True)
+        kept = [figures[name] for name in ("luma_kept", "chroma_kept", "mean_chroma_kept")]
+        assert kept == pytest.approx(expected, abs=1e-4)
+    greys = images[:, :1].expand(-1, 3, -1, -1)
+    figures = metrics.evaluate_images(lambda batch: batch, greys, with_detail=True)
+    assert figures["luma_kept"] == pytest.approx(1)
+    assert not {"chroma_kept", "mean_chroma_kept"} & set(figures)
+
+
+def test_a_grid_that_all_reconstructions_share_is_found_at_its_period():
+    images = (random_images(50) * 255).byte()
+    grids = {2: torch.tensor([[0.02, -0.01], [-0.01, 0.0]]), 4: 0.04 * torch.eye(4)}
+
+    def sizes(grid, period):
+        tiled = grid.repeat(32 // period, 32 // period)
+        figures = metrics.evaluate_images(
+            lambda batch: batch + 0.1 + tiled, images, with_detail=True
+        )
+        return [figures[f"grid_{size}"] for size in (2, 4, 8)]
+
+    assert sizes(grids[2], 2) == pytest.approx([0.02, 0.02, 0.02], abs=1e-5)
+    # Of the four ones in a grid of period 4, half lie on each of two phases of period 2.
+    assert sizes(grids[4], 4) == pytest.approx([0.01, 0.03, 0.03], abs=1e-5)
+    assert sizes(torch.zeros(8, 8), 8) == pytest.approx([0, 0, 0], abs=1e-5)
+
+
+def test_ssim_agrees_with_the_definition():
+    x, y = random_images(1).double(), random_images(1, seed=1).double() * 0.5 + 0.2
+    window = torch.exp(-((torch.arange(11.0).double() - 5) ** 2) / (2 * 1.5**2))
+    window = window[:, None] * window / window.sum() ** 2
+
+    def mean(image):  # of each window, a colour at a time
+        return F.conv2d(image.transpose(0, 1), window[None, None])
+
+    mx, my = mean(x), mean(y)
+    vx, vy, covariance = mean(x * x) - mx**2, mean(y * y) - my**2, mean(x * y) - mx * my
+    values = (2 * mx * my + 1e-4) * (2 * covariance + 9e-4)
+    expected = (values / ((mx**2 + my**2 + 1e-4) * (vx + vy + 9e-4))).mean().item()
+    assert metrics.ssim(x.float(), y.float()).item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_evaluation_is_the_same_in_batches_of_any_size(monkeypatch):
+    vae, images = TinyVAE32(), data.dead_leaves(50, "test")
+    whole = metrics.evaluate_vae(vae, images, with_ssim=True)
+    monkeypatch.setattr(metrics, "EVALUATION_BATCH", 7)
+    parts = metrics.evaluate_vae(vae, images, with_ssim=True)
+    assert whole == pytest.approx(parts, rel=1e-4)
+    reconstruction, mu, logvar = vae(data.to_float(images))
+    expected = F.mse_loss(reconstruction, data.to_float(images)).item()
+    assert whole["mse"] == pytest.approx(expected, rel=1e-4)
+    assert whole["kl_nats"] == pytest.approx(
+        losses.kl_divergence(mu, logvar).sum().item() / 50, rel=1e-3
+    )
+
+
+def test_active_dimensions_are_those_whose_mean_moves():
+    vae = TinyVAE32()
+    with torch.no_grad():
+        vae.fc_mu.weight[10:] = 0  # these latents say the same of every image
+        vae.fc_mu.weight[:10] *= 1000
+    assert metrics.evaluate_vae(vae, data.dead_leaves(50, "test"))["active_dims"] == 10
+
+
+def test_effective_rank_counts_directions():
+    codes = random_normal(5000, 8)
+    assert metrics.effective_rank(codes) == pytest.approx(8, abs=0.05)
+    assert metrics.effective_rank(codes[:, :1].repeat(1, 8)) == pytest.approx(1, abs=0.05)
+
+
+def test_neighbours_can_tell_a_ring_and_a_plane_cannot():
+    points = random_normal(2000, 2)
+    inside = (points.norm(dim=1) < 1.18).long()
+    right = (points[:, 0] > 0).long()
+    for labels, by_plane in ((inside, False), (right, True)):
+        split = (points[:1000], labels[:1000], points[1000:], labels[1000:])
+        assert metrics.nearest_neighbour_accuracy(*split) > 0.9
+        accuracy = metrics.linear_probe_accuracy(*split)
+        assert accuracy > 0.98 if by_plane else accuracy < 0.65
+
+
+def test_classes_are_told_apart_where_there_are_two():
+    vae, images = TinyVAE32(), data.dead_leaves(20, "test")
+    for labels, names in ((torch.arange(20) % 2, {"knn_accuracy", "probe_accuracy"}),
+                          (torch.zeros(20, dtype=torch.long), set())):
+        split = data.Split(images, labels)
+        assert set(metrics.evaluate_code(vae, split, split)) == names
+    few = data.Split(images[:3], torch.tensor([0, 1, 0]))  # fewer than neighbours
+    assert metrics.evaluate_code(vae, few, few)["knn_accuracy"] == pytest.approx(2 / 3)
+
+
+def test_neighbours_vote_and_the_nearest_decides_a_tie():
+    codes = torch.tensor([[0.0], [1.0], [2.0], [3.0], [4.0]])
+    query, truth = torch.tensor([[-1.0]]), torch.tensor([7])
+
+    def accuracy(labels):
+        return metrics.nearest_neighbour_accuracy(codes, torch.tensor(labels), query, truth)
+
+    assert accuracy([3, 3, 7, 7, 7]) == 1  # three against the two nearest
+    assert accuracy([7, 3, 3, 7, 5]) == 1  # a tie
+    assert accuracy([3, 7, 7, 3, 5]) == 0
+
+
+def test_sampled_error_is_that_of_noise_and_leaves_the_random_state():
+    vae, images = TinyVAE32().eval(), data.dead_leaves(50, "test")
+    with torch.no_grad():
+        vae.fc_logvar.weight.zero_()
+        vae.fc_logvar.bias.fill_(-40)  # no noise: a sample is the mean
+        vae.decoder[-1].weight *= 30  # an untrained decoder hardly heeds its code
+    mse = metrics.evaluate_vae(vae, images)["mse"]
+    state = torch.get_rng_state()
+    assert metrics.sampled_mse(vae, images) == pytest.approx(mse, rel=1e-5)
+    assert torch.equal(state, torch.get_rng_state())
+    with torch.no_grad():
+        vae.fc_logvar.bias.fill_(4)
+    assert metrics.sampled_mse(vae, images) > 1.01 * mse
+
+
+def test_vgg_distance_is_a_sum_over_channels_and_the_loss_a_mean():
+    images, others = random_images(4), random_images(4, seed=1)
+    features = vgg.VGGFeatures(vgg.load_vgg16("random")[0])
+    assert metrics.vgg_distances(features, images, images).abs().max() == 0
+    pairs = zip(features(images), features(others))
+    layers = [2 - 2 * F.cosine_similarity(a, b).mean((1, 2)) for a, b in pairs]
+    distances = metrics.vgg_distances(features, images, others)
+    torch.testing.assert_close(distances, sum(layers) / 3, atol=1e-5, rtol=1e-4)
+    loss = sum(layer.mean() / count for layer, count in zip(layers, (64, 128, 256))) / 3
+    torch.testing.assert_close(losses.perceptual_loss(features, images, others), loss)
+
+
+def test_vgg_distance_and_evenness_of_known_paths():
+    class Bent(TinyVAE32):
+        """Latents that are the brightness of an image, decoded to a function of it."""
+
+        def __init__(self, bend):
+            super().__init__()
+            self.bend = bend
+
+        def encode(self, images):
+            return images.mean((1, 2, 3))[:, None], torch.zeros(len(images), 1)
+
+        def decode(self, z):
+            return self.bend(z)[:, :, None, None].expand(-1, 3, 32, 32)
+
+    def judge(images):  # features of one layer: the red channel
+        return [images[:, :1]]
+
+    images = (random_images(40)[:, :1, :1, :1] * 255).byte().expand(40, 3, 32, 32)
+    even = metrics.interpolation_unevenness(Bent(lambda z: z), images, judge)
+    bent = metrics.interpolation_unevenness(Bent(lambda z: z**3), images, judge)
+    assert even == pytest.approx(0, abs=1e-3) and bent > 0.2
+    same = images[:1].expand(2, 3, 32, 32)  # joined by a line without length
+    assert metrics.interpolation_unevenness(Bent(lambda z: z), same, judge) == 0
+    assert metrics.vgg_distance(Bent(lambda z: z), images, judge) < 1e-9
+    off = metrics.vgg_distance(Bent(lambda z: z + 0.1), images, judge)
+    assert off == pytest.approx(0.01, rel=1e-3)
+
+
+# --- Files ---
+
+
+@on_posix
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "table.csv"
+    storage.write_bytes(path, b"old")
+    script = (
+        "import resource, signal, sys; from pathlib import Path; sys.path.insert(0, sys.argv[1])\n"
+        "from common import storage\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"  # as a full disk does
+        "storage.write_bytes(sys.argv[2], b'new' * 1000)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, HERE, path], capture_output=True, text=True
+    )
+    assert "InputError: could not write" in done.stderr
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+    assert done.stderr.endswith("): free some space or choose another folder\n")
+    remedy = "its folder was removed, renamed or replaced; put it back and try again$"
+    for folder in (path, tmp_path / "no folder"):
+        with pytest.raises(InputError, match=rf"could not write .*: {remedy}"):
+            storage.write_bytes(folder / "table.csv", b"new")
+
+
+def test_checkpoints_are_loaded_onto_the_cpu_and_run_no_code(tmp_path, monkeypatch):
+    asked, load = {}, torch.load
+    path = tmp_path / "model.pth"
+    storage.save_checkpoint(path, {"epoch": 1})
+    monkeypatch.setattr(torch, "load", lambda path, **how: asked.update(how) or load(path, **how))
+    assert storage.load_checkpoint(path) == {"epoch": 1}
+    assert asked == {"map_location": "cpu", "weights_only": True}
+
+
+def test_bad_checkpoints_are_refused_in_a_sentence(tmp_path):
+    path, vae = tmp_path / "model.pth", TinyVAE32()
+    storage.save_checkpoint(path, {"architecture": vae.architecture, "model": vae.state_dict()})
+    whole = path.read_bytes()
+
+    def saved(thing):
+        file = io.BytesIO()
+        torch.save(thing, file)
+        return file.getvalue()
+
+    for content, message in (
+        (whole[: len(whole) // 2], r"damaged|plain data"),
+        (b"", r"damaged|plain data"),
+        (b"not a checkpoint", r"damaged|plain data"),
+        (saved(vae), "not a checkpoint of plain data"),  # a pickled module: code
+        (saved([1, 2]), "holds a list"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=message):
+            storage.load_checkpoint(path)
+    for other in (tmp_path, os.devnull):  # not read: a device may have no end
+        with pytest.raises(InputError, match=r"could not read .* \(a folder or a device"):
+            storage.load_checkpoint(other)
+    with pytest.raises(InputError, match="there is no checkpoint"):
+        storage.load_checkpoint(tmp_path / "nowhere.pth")
+
+
+def test_a_checkpoint_builds_the_model_it_describes_and_no_other(tmp_path):
+    path = tmp_path / "model.pth"
+    vae = TinyVAE32(latent_dim=8, decoder_channels=(10, 9, 8, 7)).eval()
+    storage.save_checkpoint(path, {"architecture": vae.architecture, "model": vae.state_dict()})
+    built, checkpoint = models.load_model(path, TinyVAE32)
+    images = random_images(2)
+    assert torch.equal(built(images)[0], vae(images)[0])
+    with pytest.raises(InputError, match="holds a TinyVAE32, but a StandardVAE is needed"):
+        models.load_model(path, StandardVAE)
+    checkpoint["architecture"]["latent_dim"] = 9
+    storage.save_checkpoint(path, checkpoint)
+    with pytest.raises(InputError, match="do not fit"):
+        models.load_model(path, TinyVAE32)
+    storage.save_checkpoint(path, {"weights": 1})
+    with pytest.raises(InputError, match="not a model checkpoint"):
+        models.load_model(path, TinyVAE32)
