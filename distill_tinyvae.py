@@ -47,8 +47,10 @@ from tiny_vae_32 import TinyVAE32
 HERE = Path(__file__).resolve().parent
 
 # --- Images ---
-DATA: kind.text() = "cifar10"  # or photo-crops, dead-leaves, a folder with train/ and test/
+# or photo-crops, dead-leaves, a folder with train/ and test/; None: all are made by the teacher
+DATA: kind.text(none=None) = "cifar10"
 LIMIT: kind.CountOr0 = 0  # use the first N training images; 0 uses all
+TEACHER_IMAGES: kind.Fraction = 0.0  # of the training pictures, made by the teacher
 
 # --- Teacher ---
 TEACHER: kind.file_path("train", none=None) = "train"  # train one; a trained one's path; or None
@@ -154,7 +156,7 @@ def train_teacher(run):
     recipe = s.teacher_epochs, "adam", s.teacher_learning_rate
     for state in fit(objective, run, "teacher", *recipe, resume_from=resume_from):
         runs.save_teacher(run, state)  # the first time before the work: a full disk shows now
-    runs.finish_teacher(run, state)
+    runs.finish_teacher(run, state, teacher)
     return teacher, state["rows"]
 
 

@@ -106,6 +106,11 @@ def load_training_images(source, limit=0):
         held_out = order[:val_count][: limit or None]
         train, val = images[kept], images[held_out]
         labels, val_labels = (None if labels is None else labels[i] for i in (kept, held_out))
+    return described(source, train, val, labels, val_labels)
+
+
+def described(source, train, val, labels=None, val_labels=None):
+    """TrainingImages with their record."""
     fingerprint = hashlib.sha256(train.numpy())
     fingerprint.update(val.numpy())
     record = {

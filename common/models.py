@@ -97,8 +97,9 @@ def find_student(path, folder):
 def find_images(data, limit, student_path, record):
     """Training and test images: those of `data`, or what the student was trained on.
 
-    The released student's own images may not be there: then CIFAR-10, or else crops of a few
-    photographs, take their place, and the figures, the record and the pictures name them.
+    The released student's own images may not be there, and one without photographs has none: then
+    CIFAR-10, or else crops of a few photographs, take their place, and the figures, the record and
+    the pictures name them.
 
     Args:
         data: a source of data.py, or None for the student's own.
@@ -112,7 +113,10 @@ def find_images(data, limit, student_path, record):
         raise InputError(f"{student_path} does not say its images: name them with --data")
     else:
         sources = [(record["data"], limit or record["limit"])]
-        if student_path.resolve() == RELEASED:
+        if record["data"] == "none":
+            print("images   none of its own: the teacher made them")
+            sources = []
+        if not sources or student_path.resolve() == RELEASED:
             sources += [("cifar10", limit), ("photo-crops", limit or 5000)]
     for source, count in sources:
         try:

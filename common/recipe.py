@@ -14,8 +14,8 @@ TEACHER_RECIPE = (
 # Settings that may change on --resume. Data, weights and shapes are compared by their fingerprints
 # instead of their names.
 NOT_COMPARED = {
-    *NOT_RECORDED, *TEACHER_SHAPE, *STUDENT_SHAPE, "data", "limit", "teacher", "vgg", "start",
-    "device", "precision", "compile", "save_every", "demo",
+    *NOT_RECORDED, *TEACHER_SHAPE, *STUDENT_SHAPE, "data", "limit", "teacher_images", "teacher",
+    "vgg", "start", "device", "precision", "compile", "save_every", "demo",
 }
 COMPARED = (
     "with_teacher", "pixels_sha256", "vgg_sha256", "teacher_sha256", "teacher_architecture",

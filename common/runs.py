@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from common.data import load_training_images
 from common.distributed import first_process_first, rank, wait_for_all, world_size
 from common.losses import TERMS
+from common.made_images import code_statistics, training_images
 from common.models import load_model
 from common.recipe import (
     COMPARED,
@@ -99,10 +99,12 @@ def load(settings, weights, device):
     """
     s = settings
     precision = pick_precision(s.precision, device)
-    teacher, teacher_record = load_given_teacher(s)
+    teacher, teacher_checkpoint, teacher_record = load_given_teacher(s)
     student = load_model(s.start, TinyVAE32)[0] if s.start else None
     with first_process_first():
-        images = load_training_images(s.data, s.limit)
+        images = training_images(
+            s.data, s.limit, s.teacher_images, s.seed, teacher, teacher_checkpoint, s.teacher
+        )
         vgg, vgg_record = load_vgg16(s.vgg if "perceptual" in weights else "none", s.seed)
     with torch.device("meta"):  # for its description alone
         shape = TinyVAE32(*(getattr(s, name) for name in STUDENT_SHAPE)).architecture
@@ -132,17 +134,18 @@ def load(settings, weights, device):
 
 
 def load_given_teacher(settings):
-    """The teacher of --teacher PATH, None without one; and what a record says of the teacher."""
+    """The teacher of --teacher PATH and its checkpoint, None without one; and what a record says
+    of the teacher."""
     if settings.teacher is None:
         absent = dict.fromkeys((*TEACHER_SETTINGS, *TEACHER_SHAPE, "teacher_architecture"))
-        return None, absent | {"teacher_sha256": ""}
+        return None, None, absent | {"teacher_sha256": ""}
     if settings.teacher == "train":  # its recipe stands for its weights
         with torch.device("meta"):
             shape = StandardVAE(settings.teacher_latent_dim, settings.teacher_channels).architecture
-        return None, {"teacher_sha256": "", "teacher_architecture": shape}
+        return None, None, {"teacher_sha256": "", "teacher_architecture": shape}
     teacher, checkpoint = load_model(settings.teacher)
     shape, trained = teacher.architecture, checkpoint.get("record", {})
-    return teacher, {
+    return teacher, checkpoint, {
         **{name: trained.get(name) for name in TEACHER_SETTINGS},
         "teacher_latent_dim": shape["latent_dim"],
         "teacher_channels": shape.get("channels"),
@@ -158,6 +161,11 @@ def check_settings(s, weights):
     """Raise InputError for settings that do not go together."""
     if s.resume and s.overwrite:
         raise InputError("--resume keeps what --overwrite removes: give one of them")
+    if (s.data is None or s.teacher_images) and s.teacher in (None, "train"):
+        raise InputError(
+            "only a trained teacher makes pictures: name one, --teacher "
+            "checkpoints/teacher_cifar10.pth, or leave out --data none and --teacher-images"
+        )
     if s.teacher is None and s.teacher_outputs:
         raise InputError("--teacher-outputs keeps a teacher's outputs: add a --teacher")
     if not weights:
@@ -334,11 +342,13 @@ def save_teacher(run, state):
         write_metrics(run, state["rows"])
 
 
-def finish_teacher(run, state):
-    """Write the trained teacher, without what only its training needs."""
+def finish_teacher(run, state, teacher):
+    """Write the trained teacher, without what only its training needs, and with what it needs to
+    make pictures."""
     if not rank():
         kept = ("stage", "architecture", "epoch", "model", "rows")
         checkpoint = {key: state[key] for key in kept} | {"record": run.record}
+        checkpoint |= code_statistics(teacher.eval(), run.images, run.precision)
         save_checkpoint(run.checkpoint(TEACHER), checkpoint)
         run.checkpoint(TEACHER_STATE).unlink(missing_ok=True)
 
