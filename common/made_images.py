@@ -137,7 +137,7 @@ def training_images(data, limit, fraction, seed, teacher=None, checkpoint=None, 
     else:
         print(
             f"Warning: {path} does not say how its codes are distributed: they are drawn from "
-            "N(0, I), and nothing is added to the pictures; students of such had 25% more error"
+            "N(0, I), and nothing is added to the pictures, which makes a worse student"
         )
         statistics = standard_normal(teacher.latent_dim)
     if not photographs:

@@ -116,7 +116,8 @@ def test_a_student_learns_without_photographs_and_resumes_bit_for_bit(
     train_until(1, monkeypatch, tmp_path / "cut", *flags)
     train(tmp_path / "cut", *flags, "--resume")
     assert_same_weights(tmp_path / "whole", tmp_path / "cut", "tinyvae_last.pth")
-    record = storage.load_checkpoint(tmp_path / "cut" / "checkpoints" / "tinyvae_best.pth")["record"]
+    best = tmp_path / "cut" / "checkpoints" / "tinyvae_best.pth"
+    record = storage.load_checkpoint(best)["record"]
     assert record["data"] == "none" and record["made_images"] == 70
     assert len(read_table(tmp_path / "cut")) == len(rows)
 
