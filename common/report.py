@@ -3,6 +3,7 @@
 import torch
 from matplotlib.figure import Figure
 
+from common.data import photo_crops
 from common.losses import TERMS
 from common.metrics import evaluate_vae
 from common.models import count_parameters
@@ -64,12 +65,16 @@ def print_summary(run):
 
 def draw(run, teacher, student, rows, when):
     """Redraw PICTURES. teacher may be None; rows are those of metrics.csv."""
-    what = f"{run.record['data']}, validation split, student at {when}"
+    data, images = run.record["data"], run.val_images
+    if data == "none":  # photographs, since that is what the student is for
+        data, images = "photo-crops", photo_crops(100, "val").to(run.device)
+    what = f"{data}, validation split, student at {when}"
     models = ({"teacher": teacher} if teacher else {}) | {"student": student}
     curves, reconstructions, interpolations = map(run.output, PICTURES)
-    draw_reconstructions(reconstructions, run.val_images, models, what)
-    draw_interpolations(interpolations, run.val_images, models, what)
-    draw_curves(curves, rows, f"Training on {run.record['data']}")
+    draw_reconstructions(reconstructions, images, models, what)
+    draw_interpolations(interpolations, images, models, what)
+    made = ", with pictures made by the teacher" if run.record.get("made_images") else ""
+    draw_curves(curves, rows, f"Training on {run.record['data']}{made}")
 
 
 def draw_curves(path, rows, title):
