@@ -29,6 +29,7 @@ from common.metrics import (
     interpolation_unevenness,
     sampled_mse,
     seconds_per_batch,
+    swap_codes,
     vgg_distance,
 )
 from common.models import (
@@ -90,6 +91,7 @@ WRITTEN = (
     "evaluation.json", "reconstruction_test.png", "interpolation_test.png", "samples.png",
     "traversal.png", "colours.png",
 )
+SWAP_IMAGES = 10_000  # training images that the maps between two codes are fitted to
 INTERPOLATED = 400  # test images whose pairs are interpolated for the unevenness
 
 
@@ -168,6 +170,18 @@ def code_row(name, figures):
     }
 
 
+def swap_rows(figures):
+    """Error by encoder and decoder."""
+    return [
+        {
+            "MSE, encoder": f"{encoder}'s",
+            **{f"decoded by the {decoder}": f"{figures[f'{encoder}_to_{decoder}']:.5f}"
+               for decoder in ("student", "teacher")},
+        }
+        for encoder in ("student", "teacher")
+    ]
+
+
 LEGEND = """
 smaller: the teacher's weights over these weights, both saved in fp32. PSNR: mean over images. SSIM:
 11×11 Gaussian window, sigma 1.5, windows wholly inside the image. active: latents whose mu has a
@@ -179,7 +193,9 @@ for texture, so it makes the VGG distance smaller. interpolation unevenness: how
 distance varies from step to step of a straight line between two codes, std / mean. CKA: similarity
 of mu to the teacher's, 0 to 1. 5-NN, linear probe: class accuracy from mu. brightness, colour: how
 much of what varies within an image is kept, as the slope of the reconstruction on the original,
-each less its mean over the image; mean colour: the same of these means."""
+each less its mean over the image; mean colour: the same of these means. Last table: the code of one
+encoder by the other's decoder, by way of a linear map between the two that is fitted to {mapped:,}
+training images."""
 
 
 # --- All together ---
@@ -286,8 +302,15 @@ def main(argv=None):
     print_table([model_row(name, row, teacher_bytes) for name, row in figures.items()])
     print()
     print_table([code_row(name, row) for name, row in figures.items()])
+    swap = {}
+    if "teacher" in models:
+        some = spread(train.images, SWAP_IMAGES)
+        swap = swap_codes(models["teacher"], models["student"], some, test.images)
+        print()
+        print_table(swap_rows(swap))
     print(LEGEND.format(
-        batch=settings.batch_size, components=settings.pca_components, pixels=PIXEL_VALUES
+        batch=settings.batch_size, components=settings.pca_components, pixels=PIXEL_VALUES,
+        mapped=SWAP_IMAGES,
     ))
     evaluation = {
         "student": str(student_path),
@@ -302,6 +325,7 @@ def main(argv=None):
         "batch_size": settings.batch_size,
         "versions": versions(),
         "results": figures,
+        "swap": swap,
     }
     table, reconstructions, interpolations, samples, traversal, colours = files = [
         settings.output_dir / name for name in WRITTEN

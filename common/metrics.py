@@ -241,6 +241,50 @@ def linear_probe_accuracy(codes, labels, test_codes, test_labels):
     return probe.score(test_codes.cpu().numpy(), test_labels.cpu().numpy())
 
 
+@torch.no_grad()
+def swap_codes(teacher, student, train, images):
+    """What each decoder makes of the other's codes: an image may be encoded by the student on a
+    device, and decoded by the teacher elsewhere.
+
+    A linear map from the mu of one to that of the other is fitted to training images.
+
+    Args:
+        teacher, student: VAEs in evaluation mode.
+        train: images to fit to, uint8.
+        images: those that are measured.
+
+    Returns MSE of pixels in [0, 1], decoded from mu, by names of encoder and decoder, as
+    student_to_teacher; and r2, the share of the variance of the teacher's mu that the student's
+    explains.
+    """
+    vaes = {"teacher": teacher, "student": student}
+    known, codes = ({name: encode_means(vae, some) for name, vae in vaes.items()}
+                    for some in (train, images))
+    figures = {}
+    for encoder in vaes:
+        for decoder, vae in vaes.items():
+            mu = codes[encoder]
+            if encoder != decoder:
+                mu = fit_linear(known[encoder], known[decoder])(mu)
+                if decoder == "teacher":
+                    residual = (mu - codes["teacher"]).square().sum()
+            errors = [(vae.decode(z) - to_float(some)).square().mean((1, 2, 3)) for z, some
+                      in zip(mu.split(EVALUATION_BATCH), images.split(EVALUATION_BATCH))]
+            figures[f"{encoder}_to_{decoder}"] = torch.cat(errors).mean().item()
+    variance = (codes["teacher"] - codes["teacher"].mean(0)).square().sum()
+    figures["r2"] = 1 - (residual / variance).item()
+    return figures
+
+
+def fit_linear(inputs, outputs):
+    """The affine map of least squares from N×D to N×E, as a function."""
+    x, y = inputs.cpu().double(), outputs.cpu().double()
+    weights = torch.linalg.lstsq(x - x.mean(0), y - y.mean(0)).solution
+    offset = y.mean(0) - x.mean(0) @ weights
+    weights, offset = weights.float().to(inputs.device), offset.float().to(inputs.device)
+    return lambda codes: codes @ weights + offset
+
+
 # --- Distances of VGG16 features ---
 
 

@@ -128,6 +128,38 @@ def test_classes_are_told_apart_where_there_are_two():
     assert metrics.evaluate_code(vae, few, few)["knn_accuracy"] == pytest.approx(2 / 3)
 
 
+class Linear(torch.nn.Module):
+    """A VAE of linear maps: mu is `into` · pixels, the image `out_of` · mu."""
+
+    def __init__(self, into, out_of):
+        super().__init__()
+        self.into, self.out_of = into, out_of
+
+    def encode(self, images):
+        mu = images.flatten(1) @ self.into.T
+        return mu, torch.zeros_like(mu)
+
+    def decode(self, z):
+        return (z @ self.out_of.T).unflatten(1, (3, 32, 32))
+
+
+def test_codes_are_swapped_by_a_linear_map():
+    images = (255 * random_images(60)).byte()
+    basis = torch.linalg.qr(random_normal(3072, 6)).Q
+    student = Linear(basis[:, :4].T, basis[:, :4])
+    turned = torch.linalg.qr(random_normal(6, 6, seed=1)).Q + 0.1  # more directions, mixed
+    teacher = Linear(turned @ basis.T, basis @ turned.inverse())
+    figures = metrics.swap_codes(teacher, student, images[:40], images[40:])
+    own, better = figures["student_to_student"], figures["teacher_to_teacher"]
+    assert better < own
+    # The teacher's code says all that the student's does, and the student's not all.
+    assert figures["teacher_to_student"] == pytest.approx(own, rel=1e-4)
+    assert better < figures["student_to_teacher"] and 0.3 < figures["r2"] < 1
+    same = metrics.swap_codes(student, student, images[:40], images[40:])
+    assert same["r2"] == pytest.approx(1)
+    assert same["student_to_teacher"] == pytest.approx(own, rel=1e-4)
+
+
 def test_neighbours_vote_and_the_nearest_decides_a_tie():
     codes = torch.tensor([[0.0], [1.0], [2.0], [3.0], [4.0]])
     query, truth = torch.tensor([[-1.0]]), torch.tensor([7])
