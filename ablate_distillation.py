@@ -38,7 +38,7 @@ CHANGES = {
     },
     # The full loss without what the teacher gives: no latent term, and the output term compares
     # with the image. This control says what the teacher is worth.
-    "no teacher": {"teacher": None, "teacher_outputs": None},
+    "no teacher": {"teacher": None},
     "no reconstruction": {"reconstruction_weight": 0},
     "no KL": {"kl_weight": 0, "rate": None},
     "no latent": {"latent_weight": 0},

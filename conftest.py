@@ -59,11 +59,11 @@ def in_this_process(monkeypatch, without_pictures):
     """distill_tinyvae.py without starting Python anew; returns the folders it was called for."""
     called = []
 
-    def run(command, stdout, is_to_stop):
+    def run(command, stdout):
         flags = [str(word) for word in command[2:]]
         called.append(Path(flags[flags.index("--checkpoint-dir") + 1]).name)
         with contextlib.redirect_stdout(stdout):
-            return fault_campaign.in_this_process(command, stdout, is_to_stop)
+            return fault_campaign.in_this_process(command, stdout)
 
     monkeypatch.setattr(comparison, "run_process", run)
     return called

@@ -97,7 +97,6 @@ COMPILE: kind.Switch = False  # torch.compile; on CUDA with CUDA graphs
 # --- Files ---
 CHECKPOINT_DIR: kind.Folder = HERE / "checkpoints"  # folder of the .pth files
 OUTPUT_DIR: kind.Folder = HERE / "outputs"  # folder of metrics.csv, config.json and the pictures
-TEACHER_OUTPUTS: kind.FileOrNone = None  # file to keep those in (370 MB), for runs that share them
 SAVE_EVERY: kind.Count = 10  # epochs between numbered checkpoints, which also redraw the pictures
 RESUME: kind.Switch = False  # continue the run in these folders
 OVERWRITE: kind.Switch = False  # replace the run in these folders
@@ -262,7 +261,7 @@ def distil_student(run, teacher, teacher_rows):
         teacher_rows: of stage 1.
     """
     s = run.settings
-    outputs = teacher_outputs(teacher, run, s.teacher_outputs) if run.needs_teacher else None
+    outputs = teacher_outputs(teacher, run) if run.needs_teacher else None
     torch.manual_seed(s.seed)
     student = run.student or TinyVAE32(s.latent_dim, s.encoder_channels, s.decoder_channels)
     student.to(run.device, memory_format=torch.channels_last)

@@ -82,11 +82,9 @@ def train_all(comparison):
     students of the last shape without stages, for as many steps, and for as much computing."""
     s, stages, teacher = comparison.settings, [], comparison.teacher_path
     for i, stage_shape in enumerate(s.stages):
-        kept = "teacher_outputs.pth" if i == 0 else f"stage_{i}_outputs.pth"
         row = train(
             comparison, f"stage {i + 1}", stage_shape, s.epochs[i],
-            teacher=teacher, teacher_outputs=comparison.folder / kept,
-            latent_weight=s.latent_weights[i], projection=s.projections[i],
+            teacher=teacher, latent_weight=s.latent_weights[i], projection=s.projections[i],
         )
         yield row
         stages.append(row)
@@ -101,8 +99,7 @@ def train_all(comparison):
             latent_weight=s.latent_weights[0], projection=s.projections[0],
         )
         yield train(
-            comparison, f"no teacher, {budget}", s.stages[-1], epochs,
-            teacher=None, teacher_outputs=None,
+            comparison, f"no teacher, {budget}", s.stages[-1], epochs, teacher=None
         )
 
 

@@ -54,7 +54,6 @@ LIMIT: kind.CountOr0 = 0  # train on the first N images; 0 uses all
 RATE: kind.Positive = 87.0  # nats at which all students are compared
 RATE_TOLERANCE: kind.number(0, 1, above=True) = 0.015  # how far nats may be off, as a fraction
 EPOCHS: kind.Count = 3  # epochs of a student in the search
-STOP_MARGIN: kind.number(0, none=float("inf")) = 0.05  # stop one so far behind; none: never
 TEACHER: kind.FileOrNone = None  # to distil from: the path of a trained one; or None
 # VGG16 of the perceptual term: imagenet, random, none, or a state dict's path
 VGG: kind.Weights = "none"
@@ -156,9 +155,7 @@ class Search:
                     f"the smallest student has {name} {cost[name]:g}, beyond --budget: raise it, "
                     "or lower the --widths"
                 )
-        # Nothing is measured here but what training reports, on the validation split.
-        shared = settings.replace(split="val", judge="none", judged=0)
-        self.comparison = Comparison(shared, "search")
+        self.comparison = Comparison(settings, "search")
         teacher, latents = self.comparison.teacher, max(settings.latent_dims)
         if teacher and teacher.latent_dim < latents:
             raise InputError(
@@ -201,17 +198,13 @@ class Search:
             study.enqueue_trial(tiny_vae(cap), user_attrs={"name": name}, skip_if_exists=True)
         return study
 
-    def train(self, name, shape, epochs, is_hopeless=None):
-        """Train a student, or find that it is trained: its figures, for a row of search.csv. Raises
-        TrialPruned where `is_hopeless` stopped it."""
+    def train(self, name, shape, epochs):
+        """Train a student, or find that it is trained: its figures, for a row of search.csv."""
         folder = f"{shape_name(shape)}_{epochs}_epochs"
         trained = self.comparison.train_student(
-            name, folder, self.settings.seed, is_hopeless, epochs=epochs, rate=self.settings.rate,
+            name, folder, self.settings.seed, epochs=epochs, rate=self.settings.rate,
             calibration="both", **shape,  # both: whatever the number of latents
         )
-        if trained is None:
-            print("stopped: it is behind a student that costs no more", flush=True)
-            raise self.optuna.TrialPruned
         last = trained["rows"][-1]
         print(f"MSE of a sample {last['val_sampled_mse']:.5f}, {last['kl_nats']:.1f} nats")
         return {
@@ -222,7 +215,6 @@ class Search:
             "sampled_mse": last["val_sampled_mse"],
             "mse": last["val_mse"],
             "kl_nats": last["kl_nats"],
-            "epochs": trained["rows"],
         }
 
     def objective(self, trial):
@@ -238,33 +230,13 @@ class Search:
             raise self.optuna.TrialPruned
         name = trial.user_attrs.get("name", f"trial {trial.number}")
         try:
-            row = cost | self.train(name, shape, s.epochs, self.is_behind(cost))
+            row = cost | self.train(name, shape, s.epochs)
         except (KeyboardInterrupt, InputError):
             propose_again(self.study, trial)
             raise
         trial.set_user_attr("row", row)
         trial.set_constraint("nats", abs(row["kl_nats"] / s.rate - 1) - s.rate_tolerance)
         return cost[s.cost], row["sampled_mse"]
-
-    def is_behind(self, cost):
-        """Is a student in training to be stopped? A function of its epochs: whether one that costs
-        no more had less error by the margin after as many, at about the same nats. Optuna itself
-        prunes where there is one objective only."""
-        s = self.settings
-        others = [row["epochs"] for row in self.rows() if row[s.cost] <= cost[s.cost]]
-
-        def is_hopeless(epochs):
-            if not 0 < len(epochs) < s.epochs:
-                return False
-            now = epochs[-1]
-            limit = now["val_sampled_mse"] / (1 + s.stop_margin)
-            return any(
-                then["val_sampled_mse"] < limit
-                and abs(then["kl_nats"] / now["kl_nats"] - 1) <= s.rate_tolerance
-                for then in (other[len(epochs) - 1] for other in others)
-            )
-
-        return is_hopeless
 
     def rows(self):
         """The rows of search.csv: the trials that were trained to their end."""

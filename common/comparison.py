@@ -5,8 +5,6 @@ Each is trained by a run of distill_tinyvae.py, with other flags, in a folder of
 stopped is resumed, and one that is done is not repeated.
 """
 
-import contextlib
-import csv
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +18,7 @@ from common.metrics import evaluate_vae, sampled_mse, vgg_distance
 from common.models import BEST_STUDENT, count_parameters, find_checkpoint, load_model
 from common.runtime import InputError, describe_device, pick_device, pick_precision
 from common.settings import as_word
-from common.storage import check_writable, fingerprint, load_checkpoint, locked
+from common.storage import check_writable, load_checkpoint, locked
 from common.vgg import VGGFeatures, load_vgg16
 from tiny_vae_32 import TinyVAE32
 
@@ -56,7 +54,7 @@ def shape_name(shape):
 # --- A run of distill_tinyvae.py ---
 
 
-def run_distillation(label, folder, settings, is_hopeless=None):
+def run_distillation(label, folder, settings):
     """Train a student by distill_tinyvae.py, or resume it, or find that it is done.
 
     Args:
@@ -64,10 +62,9 @@ def run_distillation(label, folder, settings, is_hopeless=None):
         folder: for its checkpoints, metrics.csv, pictures, and log.txt with what the run prints.
         settings: name → value, those that differ from the constants of the script. START, DEMO and
             OVERWRITE are of a single run: edited in the script, they do not count here.
-        is_hopeless: called with the student's `validation_rows` so far; True stops the run.
 
-    Returns the content of its tinyvae_last.pth, or None if the run was stopped. Raises InputError
-    if it fails; the script's own words are on the terminal by then.
+    Returns the content of its tinyvae_last.pth. Raises InputError if it fails; the script's own
+    words are on the terminal by then.
     """
     check_writable(folder)
     folders = {"checkpoint_dir": folder, "output_dir": folder, "resume": True}
@@ -76,16 +73,13 @@ def run_distillation(label, folder, settings, is_hopeless=None):
     with locked(folder, wait=True, name=".started"), (folder / "log.txt").open("a") as log:
         with locked(folder, wait=True):  # for a run that has outlived what started it
             pass
-        code = run_process(
-            [sys.executable, SCRIPT, *flags], log,
-            lambda: is_hopeless and is_hopeless(validation_rows(folder)),
-        )
+        code = run_process([sys.executable, SCRIPT, *flags], log)
     if code:
         raise InputError(
             f"{label} did not finish, for the reason above: correct that and repeat the command "
             f"(remove {folder} to train it again)"
         )
-    return None if code is None else load_checkpoint(folder / "tinyvae_last.pth")
+    return load_checkpoint(folder / "tinyvae_last.pth")
 
 
 def as_flags(settings):
@@ -100,32 +94,9 @@ def as_flags(settings):
     return words
 
 
-def run_process(command, stdout, is_to_stop):
-    """Run a command, asking every second whether to stop it. Its exit code, None if stopped."""
-    process = subprocess.Popen(command, stdout=stdout)
-    try:
-        while process.poll() is None:
-            if is_to_stop():
-                return None
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(1)
-        return process.returncode
-    finally:  # also where this process is interrupted
-        process.terminate()  # does nothing to one that has ended
-        process.wait()
-
-
-def validation_rows(folder):
-    """A sample's error and the KL after each epoch of a student, which may still be training."""
-    path = folder / "metrics.csv"
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return [
-            {name: float(row[name]) for name in ("val_sampled_mse", "kl_nats")}
-            for row in csv.DictReader(file)
-            if row["stage"] == "student"
-        ]
+def run_process(command, stdout):
+    """A command's exit code; it ends with this process."""
+    return subprocess.run(command, stdout=stdout).returncode
 
 
 # --- What students share ---
@@ -151,19 +122,17 @@ class Comparison:
         self.folder = settings.checkpoint_dir / name
         self.device = pick_device(settings.device)
         self.precision = pick_precision(settings.precision, self.device)
-        self.teacher, self.teacher_path, self.teacher_sha256 = None, None, ""
+        self.teacher, self.teacher_path = None, None
         if settings.teacher:
             self.teacher_path = find_checkpoint(settings.teacher, settings.checkpoint_dir)
             teacher, checkpoint = load_model(self.teacher_path)
             self.teacher = teacher.to(self.device, memory_format=torch.channels_last)
-            self.teacher_sha256 = fingerprint(teacher)
             trained_on = checkpoint.get("record", {}).get("data", trained_on)
         self.data = settings.data or trained_on
         if not self.data:
             named = self.teacher_path or "the student's checkpoint"
             raise InputError(f"{named} does not name its images: use --data")
         images = load_training_images(self.data, settings.limit)
-        self.record = images.record
         self.train = Split(images.train, images.labels).to(self.device)
         held_out = Split(images.val, images.val_labels)
         if split == "test":
@@ -184,14 +153,13 @@ class Comparison:
                 "them: name others, or --judge none"
             )
 
-    def train_student(self, label, folder, seed, is_hopeless=None, **changes):
+    def train_student(self, label, folder, seed, **changes):
         """`run_distillation` with the images and the teacher of this comparison."""
         settings = self.settings
         shared = {
             "data": self.data,
             "limit": settings.limit,
             "teacher": self.teacher_path,
-            "teacher_outputs": self.teacher and self.folder / "teacher_outputs.pth",
             "vgg": settings.vgg,
             "epochs": settings.epochs,
             "seed": seed,
@@ -199,7 +167,7 @@ class Comparison:
             "precision": settings.precision,
             "save_every": 1_000_000,  # no numbered checkpoints
         }
-        return run_distillation(label, self.folder / folder, shared | changes, is_hopeless)
+        return run_distillation(label, self.folder / folder, shared | changes)
 
     def train_and_measure(self, label, folder, seed, **changes):
         """Train a student, or find that it is trained. Returns that of its best epoch, and its row:

@@ -142,7 +142,7 @@ Precision = one_of("auto", "fp32", "bf16", "fp16")
 # Where the value does not tell the kind, the name does; None: such a setting needs its own kind.
 BY_NAME = {
     "DATA": text(none=None), "RATE": PositiveOrNone, "VGG": Weights, "JUDGE": Weights,
-    "TEACHER": file_path("train", none=None), "TEACHER_OUTPUTS": FileOrNone,
+    "TEACHER": file_path("train", none=None),
     "STUDENT": FileOrNone, "START": FileOrNone, "FOLDER": FileOrNone,
     "BUDGET": None, "STAGES": None,
 }

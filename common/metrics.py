@@ -162,16 +162,6 @@ def sampled_mse(vae, images, precision="fp32"):
         return evaluate_images(reconstruct, images)["mse"]
 
 
-def effective_rank(codes):
-    """exp of the entropy of the normalised singular values (Roy & Vetterli 2007) of N×D codes.
-
-    D where all directions vary alike and are uncorrelated, 1 where all dimensions are copies.
-    """
-    singular = torch.linalg.svdvals((codes - codes.mean(0)).cpu())
-    p = singular / singular.sum()
-    return torch.exp(-torch.xlogy(p, p).sum()).item()
-
-
 @torch.no_grad()
 def encode_means(vae, images, precision="fp32"):
     """mu of images, N×latent_dim. Leaves the model in evaluation mode."""

@@ -65,8 +65,8 @@ def orthogonalize(matrix, steps=5):
     The Newton–Schulz iteration of Jordan et al. 2024, of degree five: matrix products alone. Its
     coefficients lift small singular values fast and do not let them settle at exactly 1. Each step
     multiplies x by a polynomial of x xᵀ, so the steps are taken on that square matrix, and x is
-    multiplied once, by the product of the polynomials: for TinyVAE32's matrices, at least four
-    times as wide as high or nearly so, half of the arithmetic of steps on x.
+    multiplied once, by the product of the polynomials: for TinyVAE32's matrices, most of them at
+    least four times as wide as high, half of the arithmetic of steps on x.
     """
     is_tall = matrix.shape[0] > matrix.shape[1]
     x = matrix.T if is_tall else matrix

@@ -2,7 +2,7 @@
 
 from common.runtime import InputError
 
-NOT_RECORDED = {"resume", "overwrite", "checkpoint_dir", "output_dir", "teacher_outputs"}
+NOT_RECORDED = {"resume", "overwrite", "checkpoint_dir", "output_dir"}
 TEACHER_SETTINGS = ("teacher_epochs", "teacher_kl_weight", "teacher_learning_rate")
 TEACHER_SHAPE = ("teacher_latent_dim", "teacher_channels")
 STUDENT_SHAPE = ("latent_dim", "encoder_channels", "decoder_channels")

@@ -33,7 +33,7 @@ from common.storage import (
     write_csv,
     write_json,
 )
-from common.teacher_outputs import check_teacher, refuse_other_file
+from common.teacher_outputs import check_teacher
 from common.vgg import load_vgg16
 from standard_vae import StandardVAE
 from tiny_vae_32 import TinyVAE32
@@ -166,8 +166,6 @@ def check_settings(s, weights):
             "only a trained teacher makes pictures: name one, --teacher "
             "checkpoints/teacher_cifar10.pth, or leave out --data none and --teacher-images"
         )
-    if s.teacher is None and s.teacher_outputs:
-        raise InputError("--teacher-outputs keeps a teacher's outputs: add a --teacher")
     if not weights:
         raise InputError("all five weights are zero: there is nothing to train on")
     if s.rate and "kl" not in weights:
@@ -178,7 +176,6 @@ def check_settings(s, weights):
             f"{world_size()} processes share each batch evenly: make --batch-size and "
             f"--perceptual-images multiples of {world_size()}"
         )
-    refuse_other_file(s.teacher_outputs)
     check_files(s)
 
 
@@ -256,8 +253,6 @@ def prepared(run):
                 locks.enter_context(locked(folder))
             if not s.resume:
                 check_files(s)  # again: another run may have ended meanwhile
-            for path in find_files(s, ("*.tmp",)):  # left by a process that was killed
-                path.unlink()
             if s.overwrite:
                 remove_earlier_run(run)
         wait_for_all()
@@ -389,4 +384,4 @@ def find_files(settings, names):
 
 def written_files(run):
     own = (TEACHER,) if run.trains_teacher else ()
-    return find_files(run.settings, (*own, *RUN_FILES, *DRAWN))
+    return find_files(run.settings, (*own, *RUN_FILES, *PICTURES))

@@ -5,10 +5,8 @@ from typing import NamedTuple
 import torch
 
 from common.data import to_float
-from common.distributed import rank
 from common.metrics import ACTIVE_VARIANCE, EVALUATION_BATCH, count_active, encode_means
 from common.runtime import InputError, autocast, progress_bar
-from common.storage import check_writable, fingerprint, load_checkpoint, save_checkpoint
 
 
 class TeacherOutputs(NamedTuple):
@@ -17,48 +15,10 @@ class TeacherOutputs(NamedTuple):
     val_mu: torch.Tensor  # of the held-out images, M×latents
 
 
-def refuse_other_file(cache):
-    """Raise InputError if `cache` cannot be written, or would replace a file of another kind."""
-    if not cache:
-        return
-    if not rank():
-        check_writable(cache.parent)
-    if cache.exists() and "made_from" not in load_checkpoint(cache):
-        raise InputError(f"{cache} does not hold a teacher's outputs: name another file")
-
-
-def teacher_outputs(teacher, run, cache=None):
-    """The TeacherOutputs of a run's images.
-
-    Args:
-        teacher: a VAE on the run's device, in evaluation mode.
-        run: a Run of runs.py.
-        cache: a file to keep them in, for runs that share teacher, images and precision: they are
-            read from it where it fits, else computed and written to it.
-    """
-    made_from = {name: run.record[name] for name in ("pixels_sha256", "precision")}
-    made_from["teacher_sha256"] = fingerprint(teacher)
-    cached = read_cache(cache, made_from, run.device)
-    if cached:
-        return cached
+def teacher_outputs(teacher, run):
+    """The TeacherOutputs of a run's images. `teacher` is on its device, in evaluation mode."""
     mu, logits = compute_outputs(teacher, run.images, run.precision)
-    outputs = TeacherOutputs(mu, logits, encode_means(teacher, run.val_images, run.precision))
-    if cache and not rank():
-        save_checkpoint(cache, {"made_from": made_from, "outputs": outputs._asdict()})
-    return outputs
-
-
-def read_cache(cache, made_from, device):
-    if not cache or not cache.exists():
-        return None
-    try:
-        found = load_checkpoint(cache)
-        if found["made_from"] == made_from:
-            return TeacherOutputs(**{k: v.to(device) for k, v in found["outputs"].items()})
-        print(f"{cache} was made with another teacher, images or precision: computing it again")
-    except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{cache} is damaged: delete it, and it is computed again") from error
-    return None
+    return TeacherOutputs(mu, logits, encode_means(teacher, run.val_images, run.precision))
 
 
 @torch.no_grad()

@@ -96,7 +96,7 @@ def fit(objective, run, name, epochs, optimizer, learning_rate, targets=(), resu
                 sums += torch.stack([loss, *terms.values(), *parts_of_loss.values()]).detach()
                 if step % READ_EVERY == 0 or step == steps:
                     mean = sums[0].item() / step
-                    stop_unless_finite("loss", mean, name, epoch)
+                    stop_unless_finite("loss", mean, name, epoch, run.precision)
                     bar.set_postfix(epoch=f"{epoch}/{epochs}", loss=f"{mean:.5f}", refresh=False)
                 bar.update()
             ms_per_step = 1000 * (time.perf_counter() - start) / steps
@@ -106,7 +106,7 @@ def fit(objective, run, name, epochs, optimizer, learning_rate, targets=(), resu
             row |= dict(zip(columns, (average(sums) / steps).tolist()))
             row |= validate(network, run) | objective.figures()
             for what in ("val_mse", "kl_nats"):
-                stop_unless_finite(what, row[what], name, epoch)
+                stop_unless_finite(what, row[what], name, epoch, run.precision)
             row["learning_rate"] = round(lr.item(), 9)
             row["ms_per_step"] = round(ms_per_step, 3)
             row["seconds"] = round(time.perf_counter() - start, 2)
@@ -115,14 +115,16 @@ def fit(objective, run, name, epochs, optimizer, learning_rate, targets=(), resu
             yield save_state(name, objective, parts, order, device, rows)
 
 
-def stop_unless_finite(what, value, name, epoch):
-    """Raise InputError before a state that is lost replaces the last good one."""
-    if not math.isfinite(value):
-        raise InputError(
-            f"the {what} of the {name} became {value} in epoch {epoch}; the epochs before it are "
-            "saved: continue from them with --resume --precision fp32, or start again with "
-            "--overwrite and a lower --learning-rate"
-        )
+def stop_unless_finite(what, value, name, epoch, precision):
+    """Raise InputError before a diverged state replaces the last good checkpoint."""
+    if math.isfinite(value):
+        return
+    go_on = "" if precision == "fp32" else "continue from them with --resume --precision fp32, or "
+    flag = "--teacher-learning-rate" if name == "teacher" else "--learning-rate"
+    raise InputError(
+        f"the {what} of the {name} became {value} in epoch {epoch}; the epochs before it are "
+        f"saved: {go_on}start again with --overwrite and a lower {flag}"
+    )
 
 
 def epoch_line(row, epochs, latent_dim, terms):

@@ -117,7 +117,7 @@ def draw_nothing(run, *_):
         write_bytes(run.output(name), b"a picture")
 
 
-def in_this_process(command, stdout, is_to_stop):
+def in_this_process(command, stdout):
     """In place of comparison.run_process."""
     try:
         importlib.import_module(Path(command[1]).stem).main([str(word) for word in command[2:]])

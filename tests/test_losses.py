@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import distill_tinyvae
-from common import losses, metrics, vgg
+from common import losses, vgg
 from common.runtime import InputError
 from tests.testing import random_images, random_normal, student_objective
 
@@ -204,7 +204,8 @@ def test_projection_cannot_collapse(target):
         projection.retract()
     projected = projection(mu).detach()
     assert projected.std(0).min() > 0.95
-    assert metrics.effective_rank(projected) > 15.5
+    spread = torch.linalg.svdvals(projected - projected.mean(0))
+    assert spread.min() > 0.7 * spread.max()  # no direction is lost, none counts twice
     if target == "one direction":
         assert (projection.rotation.weight - before).abs().max() > 0.05  # it did learn
 

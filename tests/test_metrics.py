@@ -101,12 +101,6 @@ def test_active_dimensions_are_those_whose_mean_moves():
     assert metrics.evaluate_vae(vae, data.dead_leaves(50, "test"))["active_dims"] == 10
 
 
-def test_effective_rank_counts_directions():
-    codes = random_normal(5000, 8)
-    assert metrics.effective_rank(codes) == pytest.approx(8, abs=0.05)
-    assert metrics.effective_rank(codes[:, :1].repeat(1, 8)) == pytest.approx(1, abs=0.05)
-
-
 def test_neighbours_can_tell_a_ring_and_a_plane_cannot():
     points = random_normal(2000, 2)
     inside = (points.norm(dim=1) < 1.18).long()

@@ -64,9 +64,6 @@ def test_a_second_run_replaces_nothing_unless_told_to(tiny_run):
         (("--resume", "--teacher", "none"), r"\(one has a teacher, --teacher, and the other has"),
         (("--overwrite", "--start", best), r"tinyvae_best\.pth is one of the files .*: copy it"),
         (("--overwrite", "--teacher", best), r"tinyvae_best\.pth is one of the files .*: copy it"),
-        (("--overwrite", "--teacher-outputs", best), "does not hold a teacher's outputs: name ano"),
-        (("--overwrite", "--teacher-outputs", str(run / "outputs" / "metrics.csv")),
-         "metrics.csv is damaged or not a PyTorch checkpoint"),
     ):
         with pytest.raises(InputError, match=message) as refused:
             train(run, *flags)
@@ -168,7 +165,6 @@ def test_what_cannot_work_is_refused_before_training(tmp_path, monkeypatch):
         (("--teacher-latent-dim", "32"), r"the teacher has 32 latents, fewer than the .* 64"),
         (("--limit", "64"), r"^64 training images are too few .* to 64: at least 65"),
         (("--projection", "identity"), "the teacher has 128 latents and the student 64: name"),
-        (("--teacher", "none", "--teacher-outputs", "x.pth"), "add a --teacher"),
         (("--rate", "60", "--kl-weight", "0"), "holds the KL by its weight, which is 0"),
         (("--teacher", "nowhere.pth"), r"there is no checkpoint nowhere\.pth"),
         (("--start", "nowhere.pth"), r"there is no checkpoint nowhere\.pth"),
@@ -333,50 +329,14 @@ def test_a_student_that_is_given_is_trained_further(
         train(tmp_path, *flags, "--resume")
 
 
-def test_the_teachers_outputs_are_kept_for_runs_that_share_them(
-    tiny_run, tmp_path, monkeypatch, capsys, without_pictures
-):
-    run, cache = tiny_run[0], tmp_path / "outputs.pth"
-    computed, compute = [], teacher_outputs.compute_outputs
-    monkeypatch.setattr(
-        teacher_outputs, "compute_outputs", lambda *args: computed.append(1) or compute(*args)
-    )
-    for name in ("first", "second"):
-        train(tmp_path / name, *teacher_of(run), "--teacher-outputs", str(cache), "--epochs", "1")
-    assert computed == [1]
-    names = ("tinyvae_best.pth", "tinyvae_last.pth")
-    assert_same_weights(tmp_path / "first", tmp_path / "second", *names)
-    assert read_rows(tmp_path / "first") == read_rows(tmp_path / "second")
-
-    teacher, _ = models.load_model(run / "checkpoints" / "teacher_vae.pth", StandardVAE)
-    images = data.load_training_images("dead-leaves", 70)
-    shared = run_of(images.train)
-    shared.val_images = images.val
-    shared.record = {"pixels_sha256": images.record["pixels_sha256"], "precision": "fp32"}
-
-    def outputs(are_new):
-        computed.clear()
-        result = teacher_outputs.teacher_outputs(teacher, shared, cache)
-        assert bool(computed) == are_new
-        return result
-
-    capsys.readouterr()
-    kept = outputs(are_new=False)
-    assert capsys.readouterr().out == ""
-    mu, _ = teacher.encode(data.to_float(images.train))
-    torch.testing.assert_close(kept.mu, mu)
-    torch.testing.assert_close(kept.logits, teacher.decode_logits(mu).half())
-    torch.testing.assert_close(kept.val_mu, teacher.encode(data.to_float(images.val))[0])
-    teacher.fc_mu.bias.data += 1
-    torch.testing.assert_close(outputs(are_new=True).mu, kept.mu + 1)
-    assert "another teacher, images or precision" in capsys.readouterr().out
-    outputs(are_new=False)  # now it holds this teacher's
-    for name in ("pixels_sha256", "precision"):
-        shared.record[name] = "another"
-        outputs(are_new=True)
-    storage.save_checkpoint(cache, storage.load_checkpoint(cache) | {"outputs": None})
-    with pytest.raises(InputError, match=r"is damaged: delete it, and it is computed again"):
-        outputs(are_new=True)
+def test_the_teachers_outputs_are_those_of_its_mu():
+    teacher, images = StandardVAE(64, (8, 8, 8, 8)).eval(), (255 * random_images(6)).byte()
+    run = run_of(images[:4])
+    run.val_images = images[4:]
+    outputs = teacher_outputs.teacher_outputs(teacher, run)
+    mu, _ = teacher.encode(data.to_float(images))
+    torch.testing.assert_close(torch.cat([outputs.mu, outputs.val_mu]), mu)
+    torch.testing.assert_close(outputs.logits, teacher.decode_logits(mu[:4]).half())
 
 
 # --- Interrupted and resumed ---

@@ -9,7 +9,7 @@ import time
 import pytest
 
 import search_architecture
-from common import comparison, models, storage
+from common import models, storage
 from common.runtime import InputError
 from common.settings import parse_settings
 from tests.testing import HERE, folders, read_csv, teacher_of
@@ -18,14 +18,14 @@ from tiny_vae_32 import TinyVAE32
 optuna = pytest.importorskip("optuna")
 SEARCH = (
     "--data", "dead-leaves", "--limit", "64", "--epochs", "1", "--rate", "10", "--device", "cpu",
-    "--precision", "fp32", "--rate-tolerance", "1", "--stop-margin", "none",
+    "--precision", "fp32", "--rate-tolerance", "1",
 )
 
 
 @pytest.fixture
 def search(tmp_path):
     """A study of students of 3 epochs at 80 nats that nothing has been trained for."""
-    flags = ("--epochs", "3", "--stop-margin", "0.1", "--rate", "80", "--rate-tolerance", "0.05")
+    flags = ("--epochs", "3", "--rate", "80", "--rate-tolerance", "0.05")
     settings = parse_settings(vars(search_architecture), [*SEARCH, *flags, *folders(tmp_path)])
     return search_architecture.Search(settings)
 
@@ -118,37 +118,17 @@ def test_a_search_trains_what_it_proposes_and_resumes(
         search_architecture.main(flags)
 
 
-def test_a_student_behind_one_of_no_higher_cost_is_stopped(search, monkeypatch):
-    def other(params, *errors, nats=80):
-        return {"params": params, "epochs": [epoch(error, nats) for error in errors]}
-
-    def epoch(error, nats=81):
-        return {"val_sampled_mse": error, "kl_nats": nats}
-
-    def behind(*errors, params=500):
-        return search.is_behind({"params": params})([epoch(error) for error in errors])
-
-    assert not behind(5)  # nothing to compare with
-    rows = [other(100, 0.9, 0.5, 0.3), other(900, 0.1, 0.1, 0.1)]  # the second costs more
-    rows.append(other(100, 0.1, 0.1, 0.1, nats=90))
-    monkeypatch.setattr(search, "rows", lambda: rows)
-    assert not behind() and not behind(0.98) and behind(1.0)
-    assert not behind(1.0, 0.54) and behind(0.8, 0.56)
-    assert not behind(1.0, 1.0, 1.0)  # it has ended
-    assert not behind(1.0, params=50)
-
-
 @pytest.mark.parametrize("error", [KeyboardInterrupt, InputError("it did not finish")])
 def test_an_interrupted_trial_is_proposed_again_and_the_front_is_at_the_nats(
     search, monkeypatch, error
 ):
     nats, names = [80, 90, 80, 80], []
 
-    def train(name, shape, epochs, is_hopeless):
+    def train(name, shape, epochs):
         names.append(name)
         if len(names) == 1:
             raise error
-        figures = {"sampled_mse": len(names) / 10, "kl_nats": nats[len(names) - 2], "epochs": []}
+        figures = {"sampled_mse": len(names) / 10, "kl_nats": nats[len(names) - 2]}
         return {"student": name} | figures
 
     monkeypatch.setattr(search, "train", train)
@@ -159,19 +139,6 @@ def test_an_interrupted_trial_is_proposed_again_and_the_front_is_at_the_nats(
     assert names == ["TinyVAE32", "66 at most", "48 at most", "27 at most", "TinyVAE32"]
     front = [row["student"] for row in search.rows() if row["on_front"]]
     assert front == ["66 at most", "27 at most"]  # 48 at other nats; TinyVAE32 is worse and larger
-
-
-def test_a_run_that_is_hopeless_is_stopped_and_can_go_on(tmp_path):
-    values = {"data": "dead-leaves", "limit": 70, "epochs": 500, "vgg": "none", "device": "cpu"}
-    for _ in range(2):
-        epochs = len(comparison.validation_rows(tmp_path)) + 1
-
-        def is_hopeless(rows, epochs=epochs):
-            return len(rows) >= epochs
-
-        assert comparison.run_distillation("one", tmp_path, values, is_hopeless) is None
-        assert epochs <= len(comparison.validation_rows(tmp_path)) < 500
-    assert "Resuming the student after epoch" in (tmp_path / "log.txt").read_text()
 
 
 def test_a_killed_search_loses_no_trial_and_two_processes_share_one(tmp_path):

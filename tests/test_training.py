@@ -234,8 +234,9 @@ def test_an_epoch_ends_with_a_row_and_a_line_of_what_was_measured(capsys, monkey
     ]
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("poison", ["loss", "val_mse", "kl_nats"])
-def test_what_is_not_finite_is_told_with_what_can_be_done_and_not_saved(poison, monkeypatch):
+def test_what_is_not_finite_is_told_and_not_saved(poison, precision, monkeypatch):
     values = [math.nan if poison == "loss" and step == 5 else 0.0 for step in range(8)]
     validate, saved = training.validate, []
     monkeypatch.setattr(
@@ -243,13 +244,13 @@ def test_what_is_not_finite_is_told_with_what_can_be_done_and_not_saved(poison, 
         lambda *args: validate(*args) | ({poison: math.nan} if len(saved) == 2 else {}),
     )
     with pytest.raises(InputError) as told:
-        for state in fit(Scripted(values), run_of(IMAGES[:34]), epochs=2):
+        for state in fit(Scripted(values), run_of(IMAGES[:34], precision), epochs=2):
             saved.append(state["epoch"])
     assert saved == [0, 1]
+    go_on = "continue from them with --resume --precision fp32, or " if precision == "bf16" else ""
     assert str(told.value) == (
         f"the {poison} of the student became nan in epoch 2; the epochs before it are saved: "
-        "continue from them with --resume --precision fp32, or start again with --overwrite and a "
-        "lower --learning-rate"
+        f"{go_on}start again with --overwrite and a lower --learning-rate"
     )
 
 
