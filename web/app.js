@@ -52,7 +52,7 @@ async function loadRuntime() {
   }
   throw new Failure(
     "The runtime could not be loaded: web/vendor/ does not hold it and cdn.jsdelivr.net did not "
-    + "answer. Go online, or put its three files there with the command in the README, Deploy.",
+    + "answer. Go online, or put its three files there with the command in docs/deployment.md.",
   );
 }
 
