@@ -153,7 +153,9 @@ def ablate(settings):
     names = [name for name in CHANGES if name in ("full", "scratch", *s.variants)]
     if s.vgg == "none":  # as full
         names = [name for name in names if name != "no perceptual"]
-    comparison = Comparison(s, "ablation", split=s.split, judge=s.judge, judged=s.judged)
+    comparison = Comparison(
+        s, "ablation", split=s.split, judge=s.judge, judged=s.judged, needs_teacher=True
+    )
     check_writable(comparison.folder)
     check_writable(s.output_dir)
     comparison.print_summary(

@@ -144,7 +144,9 @@ def refuse_chain(settings, teacher):
 
 def distil_in_stages(settings):
     s = settings
-    comparison = Comparison(s, "progressive", split=s.split, judge=s.judge, judged=s.judged)
+    comparison = Comparison(
+        s, "progressive", split=s.split, judge=s.judge, judged=s.judged, needs_teacher=True
+    )
     refuse_chain(s, comparison.teacher)
     check_writable(comparison.folder)
     check_writable(s.output_dir)
