@@ -5,7 +5,7 @@
     python test_trained_model.py --judge PATH      # VGG distance too
     python test_trained_model.py --student checkpoints/tinyvae_epoch_050.pth --data PATH
 
-Where no run has left a student in checkpoints/ it takes the released one. Prints two tables and the
+Where no run has left a student in checkpoints/ it takes the included one. Prints two tables and the
 answer, writes evaluation.json, and draws reconstructions, interpolations, the most colourful test
 images, samples and a latent traversal. Takes about a minute on 2 CPU cores for CIFAR-10's 10,000
 test images, and three to five with a judge. All errors are of pixels in [0, 1], decoded from mu
@@ -330,7 +330,7 @@ def main(argv=None):
     table, reconstructions, interpolations, samples, traversal, colours = files = [
         settings.output_dir / name for name in WRITTEN
     ]
-    title = f"{data}, test split"
+    title = f"{data}, test split, {student_path.name}"
     write_json(table, evaluation)
     draw_reconstructions(reconstructions, test.images, models, title)
     draw_interpolations(interpolations, test.images, models, title)

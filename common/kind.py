@@ -139,31 +139,24 @@ Precision = one_of("auto", "fp32", "bf16", "fp16")
 
 # --- Settings that are written without a kind, as `EPOCHS = 150` ---
 
-# Where the value does not tell the kind, the name does; None: such a setting needs its own kind.
+# By its name, or by the last word of it. Other numbers are of at least 0, True and False are
+# switches. Of any other value, a word above all, the kind must be written: "no" is not False.
 BY_NAME = {
-    "DATA": text(none=None), "RATE": PositiveOrNone, "VGG": Weights, "JUDGE": Weights,
-    "TEACHER": file_path("train", none=None),
-    "STUDENT": FileOrNone, "START": FileOrNone, "FOLDER": FileOrNone,
-    "BUDGET": None, "STAGES": None,
+    "DATA": text(none=None), "VGG": Weights, "JUDGE": Weights,
+    "TEACHER": file_path("train", none=None), "STUDENT": FileOrNone, "START": FileOrNone,
+    "FOLDER": FileOrNone, "DIR": Folder,
+    "RATE": PositiveOrNone, "LEARNING_RATE": Positive, "TEACHER_LEARNING_RATE": Positive,
+    "DEVICE": Device, "PRECISION": Precision, "WARMUP": Fraction, "TEACHER_IMAGES": Fraction,
+    "EPOCHS": Count, "BATCH_SIZE": whole(2), "DIM": Count, "CHANNELS": Channels, "EVERY": Count,
+    "SEED": Seed, "LIMIT": CountOr0, "IMAGES": CountOr0, "JUDGED": CountOr0,
 }
-
-
-def read_number(value):
-    number = AtLeast0.read(value)
-    return int(number) if number == int(number) else number  # what counts something must be an int
 
 
 def guess(name, value):
     """The kind of a setting from its name and its value; None where they do not tell."""
-    if name in BY_NAME:
-        return BY_NAME[name]
-    if name.endswith("_DIR"):
-        return Folder
+    known = BY_NAME.get(name, BY_NAME.get(name.rpartition("_")[2]))
+    if known and (known is Channels or not isinstance(value, (tuple, list))):
+        return known
     if isinstance(value, bool):
         return Switch
-    if isinstance(value, (int, float)):
-        return Kind(read_number, AtLeast0.means)
-    if isinstance(value, str):
-        return text()
-    each = guess("", value[0]) if isinstance(value, (tuple, list)) and value else None
-    return each and several(each)
+    return AtLeast0 if isinstance(value, (int, float)) else None

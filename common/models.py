@@ -86,7 +86,7 @@ def find_student(path, folder):
     if path is not None:
         found = find_checkpoint(path, folder)
     elif not (folder / BEST_STUDENT).exists() and folder.resolve() == RELEASED.parent:
-        print(f"student  {RELEASED}, the released one: no run has left another")
+        print(f"student  {RELEASED}, the included one, since no run has left another there")
         return RELEASED
     else:
         found = folder / BEST_STUDENT

@@ -154,7 +154,7 @@ def test_the_released_student_is_what_its_card_says(tmp_path, capsys, monkeypatc
     storage.save_checkpoint(models.RELEASED, checkpoint)
     test_trained_model.main([*folders(tmp_path), "--limit", "64", "--device", "cpu"])
     printed = capsys.readouterr().out
-    assert "the released one" in printed and "not cifar10: CIFAR-10 could not" in printed
+    assert "the included one" in printed and "not cifar10: CIFAR-10 could not" in printed
     assert "not those the student was trained on" in printed
     assert checkpoint["evaluation"] in printed and "MSE of 0.00723 at 87.0 nats" in printed
     found = json.loads((tmp_path / "outputs" / "evaluation.json").read_text())

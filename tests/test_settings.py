@@ -240,7 +240,8 @@ def test_without_its_kind_a_constant_keeps_its_flag(script):
         ("RESUME", True, "", True), ("RESUME", True, "--no-resume", False),
         ("TEACHER_CHANNELS", [8, 16, 32, 64], "", (8, 16, 32, 64)),
         ("TEACHER_CHANNELS", (8, 16, 32, 64), "--teacher-channels 1,2,3,4", (1, 2, 3, 4)),
-        ("DATA", Path("a"), "", "a"), ("DEVICE", "cpu", "", "cpu"),
+        ("DATA", Path("a"), "", "a"), ("DEVICE", "cpu", "", "cpu"), ("LIMIT", 0, "", 0),
+        ("TEMPERATURE", 2, "", 2.0), ("TEACHER_IMAGES", 0.5, "", 0.5),
     ],
 )
 def test_a_kind_is_guessed(name, value, flags, expected):
@@ -248,11 +249,22 @@ def test_a_kind_is_guessed(name, value, flags, expected):
     assert (found, type(found)) == (expected, type(expected))
 
 
-def test_what_makes_no_sense_is_refused_without_a_kind_too():
-    for value, message in ((-1, "must be a number of at least 0, got -1"), (1j, "lacks its kind"),
-                           (math.nan, "must be a number"), (None, "lacks"), ((), "lacks")):
-        said = refused(without_kinds() | {"EPOCHS": value})
-        assert said.startswith(f"EPOCHS in distill_tinyvae.py {message}")
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("EPOCHS", -1, "must be a whole number of at least 1, got -1"), ("EPOCHS", 1.5, "must be"),
+        ("EPOCHS", "three", "must be"), ("EPOCHS", math.nan, "must be"), ("EPOCHS", None, "must"),
+        ("EPOCHS", (3,), "lacks its kind"), ("OVERWRITE", "no", "lacks its kind"),
+        ("RESUME", "off", "lacks"), ("WARMUP", 5, "must be a num"),
+        ("DEVICE", "gpu", "must be one of"), ("PRECISION", "fp64", "must be one of"),
+        ("KL_WEIGHT", -1, "must be a number of at least 0"), ("KL_WEIGHT", "0.1", "lacks"),
+        ("ENCODER_CHANNELS", [16, 32], "must be 4 values"), ("BATCH_SIZE", 32.5, "must be a whole"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_without_a_kind_too(name, value, message):
+    said = refused(without_kinds() | {name: value})
+    assert said.startswith(f"{name} in distill_tinyvae.py {message}")
+
 
 
 def test_annotations_may_be_made_when_they_are_asked_for():  # as in Python 3.14
