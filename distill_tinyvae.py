@@ -1,9 +1,10 @@
 """Distil a VAE of 512 latents into TinyVAE32: 64 latents, 294,403 parameters.
 
-    python distill_tinyvae.py --demo      # a small run without downloads: two minutes on 2 cores
+    python distill_tinyvae.py --demo      # without downloads or photographs: a minute on 2 cores
     python distill_tinyvae.py             # CIFAR-10 and ImageNet VGG16, both downloaded (700 MB)
     python distill_tinyvae.py --teacher PATH              # a teacher that is trained already
     python distill_tinyvae.py --teacher none              # the same student without one
+    python distill_tinyvae.py --teacher PATH --data none  # without photographs: it makes them all
     python distill_tinyvae.py --resume    # with its other flags: continue a run that stopped
     python distill_tinyvae.py --data PATH --vgg PATH      # your images, your VGG16 weights
     torchrun --nproc_per_node=2 -- distill_tinyvae.py     # two GPUs share each batch
@@ -106,12 +107,10 @@ DEMO: kind.Switch = False  # a small run without downloads, in folders demo/, wh
 # With --rate: how fast the KL's weight follows, in e-folds a stage at nats twice too high, and the
 # fraction of the steps before it does: earlier, the nats are far from where they will settle.
 HOLD_SPEED, HOLD_START = 40, 0.2
-# With --demo these replace the constants above; flags still count. The teacher is small, so that it
-# learns enough in the time to be better than its student.
+# With --demo these replace the constants above; flags still count.
 DEMO_SETTINGS = {
-    "data": "photo-crops", "limit": 9000, "teacher": "train", "teacher_latent_dim": 192,
-    "teacher_channels": (24, 48, 96, 192), "teacher_epochs": 12, "teacher_kl_weight": 0.003,
-    "epochs": 2, "vgg": "none", "batch_size": 32,
+    "data": None, "limit": 9000, "teacher": HERE / "checkpoints" / "teacher_cifar10.pth",
+    "epochs": 8, "vgg": "none",
 }
 
 

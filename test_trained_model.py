@@ -265,6 +265,7 @@ def main(argv=None):
         settings = settings.replace(
             checkpoint_dir=settings.checkpoint_dir / "demo",
             output_dir=settings.output_dir / "demo",
+            data=settings.data or "photo-crops",  # there already
         )
     device = pick_device(settings.device)
     precision = pick_precision(settings.precision, device)

@@ -145,7 +145,7 @@ def four_widths(name, channels):
 
 def check_images(images, check_range):
     if images.ndim != 4 or tuple(images.shape[1:]) != (3, 32, 32):
-        raise ValueError(f"images must have shape N×3×32×32 (RGB), got {shape_of(images)}")
+        raise ValueError(f"RGB images must have shape N×3×32×32, got {shape_of(images)}")
     if not images.is_floating_point():
         raise ValueError(
             f"images must be floating point in [0, 1], got {images.dtype}: divide uint8 pixels by "

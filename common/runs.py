@@ -275,7 +275,7 @@ def remove_earlier_run(run):
         is_another = False
     except InputError:
         is_another = True
-    if is_another or run.settings.demo:  # the demo shows both stages
+    if is_another:
         teacher.unlink()
         print(f"{teacher} removed: a new teacher is trained.")
 
