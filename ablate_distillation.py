@@ -19,7 +19,7 @@ import statistics
 from pathlib import Path
 
 from common import kind
-from common.comparison import FIGURES, Comparison, against, cell, make_plots
+from common.comparison import FIGURES, Comparison, cell, make_plots, relative_change
 from common.metrics import encode_means, evaluate_code
 from common.pictures import save_figure
 from common.runtime import print_table, run_script
@@ -78,7 +78,7 @@ OUTPUT_DIR: kind.Folder = HERE / "outputs"  # folder of ablation.csv and ablatio
 
 # --- Not settings ---
 
-SAME_NATS = 0.015  # students are compared where their nats differ by no more, as a fraction
+NATS_TOLERANCE = 0.015  # students are compared where their nats differ by no more, as a fraction
 MEASURED = (*FIGURES, "cka", "knn_accuracy", "probe_accuracy")
 COLUMNS = ("variant", "seed", "split", *MEASURED, "seconds")
 
@@ -103,8 +103,8 @@ def summarise(rows):
 def against_scratch(row, summary, name):
     """A figure's difference from scratch's, for the table; – where the nats are not the same."""
     scratch = next(other for other in summary if other["variant"] == "scratch")
-    is_comparable = abs(row["kl_nats"] / scratch["kl_nats"] - 1) <= SAME_NATS
-    return against(row, scratch, name) if is_comparable else "–"
+    is_comparable = abs(row["kl_nats"] / scratch["kl_nats"] - 1) <= NATS_TOLERANCE
+    return relative_change(row, scratch, name) if is_comparable else "–"
 
 
 def table_row(row, summary):
@@ -180,9 +180,9 @@ def ablate(settings):
     print()
     print_table([table_row(row, summary) for row in summary])
     print(
-        f"\nMean ± standard deviation over seeds. vs scratch: – where the nats differ by more than "
-        f"{SAME_NATS:.1%}.\nVGG distance: of the judge's features, on {len(comparison.judged):,} "
-        "images. CKA: with the teacher's mu. 5-NN, probe: class\naccuracy from mu."
+        f"\nMean ± standard deviation over seeds. vs scratch: – where the nats differ by more "
+        f"than {NATS_TOLERANCE:.1%}.\nVGG distance: of the judge's features, on "
+        f"{len(comparison.judged):,} images. CKA: with the teacher's mu. 5-NN, probe: class\naccuracy from mu."
     )
     print(f"\nWritten:\n  {csv_path}\n  {png_path}\n  {comparison.folder}/")
 

@@ -34,7 +34,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 # Dead leaves are drawn by the 500, of which a tiny run takes 70: drawn once for each worker.
 drawn = functools.cache(data.dead_leaves)
-data.MADE["dead-leaves"] = lambda count, split: drawn(count, split).clone()
+data.SYNTHETIC["dead-leaves"] = lambda count, split: drawn(count, split).clone()
 
 
 @pytest.fixture(scope="session")

@@ -104,9 +104,9 @@ OVERWRITE: kind.Switch = False  # replace the run in these folders
 DEMO: kind.Switch = False  # a small run without downloads, in folders demo/, which it replaces
 
 # --- Not settings ---
-# With --rate: how fast the KL's weight follows, in e-folds a stage at nats twice too high, and the
-# fraction of the steps before it does: earlier, the nats are far from where they will settle.
-HOLD_SPEED, HOLD_START = 40, 0.2
+# Of the controller that holds the KL at --rate: its gain, in e-folds of the KL's weight a stage at
+# nats twice too high, and the fraction of the steps before it starts, when nats are still far off.
+RATE_GAIN, RATE_START = 40, 0.2
 # With --demo these replace the constants above; flags still count.
 DEMO_SETTINGS = {
     "data": None, "limit": 9000, "teacher": HERE / "checkpoints" / "teacher_cifar10.pth",
@@ -189,7 +189,7 @@ class StudentObjective(Objective):
         super().__init__()
         self.network, self.projection, self.vgg = network, projection, vgg
         self.weights, self.val_teacher_mu = weights, val_teacher_mu
-        self.temperature, self.held_nats = settings.temperature, settings.rate
+        self.temperature, self.target_nats = settings.temperature, settings.rate
         self.perceptual_images = settings.perceptual_images // world_size() or None
         self.register_buffer("kl_factor", torch.ones(()))  # moves where the nats are held
 
@@ -205,8 +205,8 @@ class StudentObjective(Objective):
         z = self.network.reparameterize(mu, logvar, noise)
         # Users decode mu, so output and perceptual terms see what is decoded from it; one pass for
         # both, so that BatchNorm's statistics are of both.
-        sees_mean = "output" in self.weights or "perceptual" in self.weights
-        latents = torch.cat([z, mu]) if sees_mean else z
+        decodes_mean = "output" in self.weights or "perceptual" in self.weights
+        latents = torch.cat([z, mu]) if decodes_mean else z
         logits, *of_mean = self.network.decode_logits(latents).float().split(len(z))
 
         terms = {
@@ -235,12 +235,12 @@ class StudentObjective(Objective):
     def after_step(self, terms, step, steps):
         if self.projection is not None:
             self.projection.retract()  # rows orthonormal again, after a step away from it
-        if self.held_nats and step >= HOLD_START * steps:
+        if self.target_nats and step >= RATE_START * steps:
             # The integral part of the controller of Shao et al. 2020, "ControlVAE",
             # arXiv:2004.05988, on the logarithm of the weight.
             nats = average(terms["kl"].detach()) * PIXEL_VALUES
-            excess = (nats / self.held_nats - 1).clamp_max(1)  # a KL is not negative: at least −1
-            self.kl_factor *= torch.exp(HOLD_SPEED / steps * excess)
+            excess = (nats / self.target_nats - 1).clamp_max(1)  # a KL is not negative: at least −1
+            self.kl_factor *= torch.exp(RATE_GAIN / steps * excess)
 
     def figures(self):
         """What the projected code of the held-out images varies by: 1 unless it shrinks."""

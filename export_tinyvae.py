@@ -26,7 +26,7 @@ import torch
 from PIL import Image
 
 from common import kind
-from common.data import spread, to_float
+from common.data import evenly_spaced, to_float
 from common.losses import kl_divergence
 from common.metrics import encode_means, median_seconds
 from common.models import count_parameters, find_images, find_student, load_model, weight_bytes
@@ -53,7 +53,7 @@ DATA: kind.text(none=None) = None  # as in distill_tinyvae.py; None: what the st
 # use the first N training images; 0: as many as the student saw, or all of DATA
 LIMIT: kind.CountOr0 = 0
 CALIBRATION_IMAGES: kind.Count = 512  # training images that INT8's ranges are taken from
-# of activations that INT8's ranges cover: a few large ones cost all others
+# of activations that INT8's ranges cover: outliers are clipped, since they coarsen the scale
 PERCENTILE: kind.number(50, 100, above=True) = 99.95
 
 # --- Tolerances: if a form is beyond its own, nothing is written ---
@@ -87,7 +87,7 @@ def make_forms(vae, record, images, settings):
         halves = {name: to_fp16(copy.deepcopy(models[name]), keep_io_types=True) for name in models}
         forms.append(onnx_form("ONNX fp16", "_fp16", halves))
     if settings.int8:
-        some = spread(images.train, settings.calibration_images)
+        some = evenly_spaced(images.train, settings.calibration_images)
         examples = {"encoder": to_float(some).contiguous(), "decoder": encode_means(vae, some)}
         quantised = {}
         for part in parts:
@@ -252,7 +252,7 @@ def table_row(name, size, figures, teacher_size):
 
 def web_files(vae, form, test_images):
     """name → bytes of what the page shows: a student in ONNX, what it is, and test images."""
-    some = spread(test_images, WEB_EXAMPLES)
+    some = evenly_spaced(test_images, WEB_EXAMPLES)
     row = some.permute(2, 0, 3, 1).flatten(1, 2)  # 32×(N·32)×3
     png = io.BytesIO()
     Image.fromarray(row.numpy()).save(png, "PNG")

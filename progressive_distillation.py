@@ -19,7 +19,7 @@ seconds for an epoch of CIFAR-10 with the default student, and 75 for the assist
 from pathlib import Path
 
 from common import kind, losses
-from common.comparison import FIGURES, Comparison, against, cell, shape, shape_name
+from common.comparison import FIGURES, Comparison, cell, relative_change, shape, shape_name
 from common.models import count_macs
 from common.runtime import InputError, print_table, run_script
 from common.settings import parse_settings
@@ -112,9 +112,9 @@ def table_row(row, last):
         "minutes": f"{row['seconds'] / 60:.1f}",
         "KL, nats": cell(row, "kl_nats", 1),
         "MSE": cell(row, "mse", 5),
-        "vs last stage": against(row, last, "mse"),
+        "vs last stage": relative_change(row, last, "mse"),
         "MSE of a sample": cell(row, "sampled_mse", 5),
-        "vs last stage ": against(row, last, "sampled_mse"),
+        "vs last stage ": relative_change(row, last, "sampled_mse"),
         "VGG distance": cell(row, "vgg_distance", 4),
     }
 

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from common import kind
-from common.comparison import FIGURES, Comparison, against, cell, make_plots
+from common.comparison import FIGURES, Comparison, cell, make_plots, relative_change
 from common.data import IMAGE_SHAPE
 from common.metrics import evaluate_vae
 from common.models import count_parameters, find_student, load_model, weight_bytes
@@ -163,7 +163,7 @@ def table_row(row, whole):
         "parameters": f"{row['parameters']:,}",
         "weights, bytes": f"{row['weight_bytes']:,}",
         "MSE": cell(row, "mse", 5),
-        "vs whole": against(row, whole, "mse"),
+        "vs whole": relative_change(row, whole, "mse"),
         "MSE as cut": cell(row, "mse_as_cut", 4),
         "VGG distance": cell(row, "vgg_distance", 4),
         "KL, nats": cell(row, "kl_nats", 1),

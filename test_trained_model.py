@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from common import kind
-from common.data import PIXEL_VALUES, Split, spread, to_float
+from common.data import PIXEL_VALUES, Split, evenly_spaced, to_float
 from common.metrics import (
     encode_means,
     evaluate_code,
@@ -115,9 +115,10 @@ def measure_code(vae, teacher_mu, test, train, judge, judged):
     figures = evaluate_code(vae, test, train, teacher_mu)
     figures["sampled_mse"] = sampled_mse(vae, test.images)
     if judge:
-        images = spread(test.images, judged)
+        images = evenly_spaced(test.images, judged)
         figures["vgg_distance"] = vgg_distance(vae, images, judge)
-        figures["unevenness"] = interpolation_unevenness(vae, spread(images, INTERPOLATED), judge)
+        some = evenly_spaced(images, INTERPOLATED)
+        figures["unevenness"] = interpolation_unevenness(vae, some, judge)
     return figures
 
 
@@ -305,7 +306,7 @@ def main(argv=None):
     print_table([code_row(name, row) for name, row in figures.items()])
     swap = {}
     if "teacher" in models:
-        some = spread(train.images, SWAP_IMAGES)
+        some = evenly_spaced(train.images, SWAP_IMAGES)
         swap = swap_codes(models["teacher"], models["student"], some, test.images)
         print()
         print_table(swap_rows(swap))

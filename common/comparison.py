@@ -13,11 +13,11 @@ import torch
 from matplotlib.figure import Figure
 
 from common import kind
-from common.data import Split, load_test_images, load_training_images, spread
+from common.data import Split, evenly_spaced, load_test_images, load_training_images
 from common.metrics import evaluate_vae, sampled_mse, vgg_distance
 from common.models import BEST_STUDENT, count_parameters, find_checkpoint, load_model
 from common.runtime import InputError, describe_device, pick_device, pick_precision
-from common.settings import as_word
+from common.settings import flag_value
 from common.storage import check_writable, load_checkpoint, locked
 from common.vgg import VGGFeatures, load_vgg16
 from tiny_vae_32 import TinyVAE32
@@ -71,7 +71,7 @@ def run_distillation(label, folder, settings):
     flags = as_flags({"start": None, "demo": False, "overwrite": False} | settings | folders)
     print(f"\n{label}: {folder}", flush=True)
     with locked(folder, wait=True, name=".started"), (folder / "log.txt").open("a") as log:
-        with locked(folder, wait=True):  # for a run that has outlived what started it
+        with locked(folder, wait=True):  # for a run whose parent was killed
             pass
         code = run_process([sys.executable, SCRIPT, *flags], log)
     if code:
@@ -90,7 +90,7 @@ def as_flags(settings):
         if isinstance(value, bool):
             words.append(f"--{name}" if value else f"--no-{name}")
         else:
-            words += [f"--{name}", as_word(value)]
+            words += [f"--{name}", flag_value(value)]
     return words
 
 
@@ -148,7 +148,7 @@ class Comparison:
         judge, self.judge_record = load_vgg16(judge)
         self.refuse_judge_of(self.vgg_record)
         self.judge = judge and VGGFeatures(judge).to(self.device)
-        self.judged = spread(self.held_out.images, judged)
+        self.judged = evenly_spaced(self.held_out.images, judged)
 
     def refuse_judge_of(self, record):
         """Raise InputError if the judge is the VGG16 that a student with this record knows."""
@@ -215,7 +215,7 @@ def cell(row, name, digits):
     return f"{row[name]:.{digits}f}" if name in row else "–"
 
 
-def against(row, other, name):
+def relative_change(row, other, name):
     """A figure's difference from another row's, for a table; – in that row itself."""
     return "–" if row is other or name not in row else f"{row[name] / other[name] - 1:+.1%}"
 

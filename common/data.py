@@ -41,7 +41,7 @@ PIXEL_VALUES = 3072  # numbers in one image
 TOO_DEEP = ("I", "F")  # PIL's modes of more than 8 bits, I;16 and its like among them, start so
 SPLIT_SEED = 0  # which images are held out: the same in every run
 
-MADE_IMAGES = {"train": 45_000, "val": 5_000, "test": 10_000}  # made here: as many as CIFAR-10 has
+SYNTHETIC_IMAGES = {"train": 45_000, "val": 5_000, "test": 10_000}  # as many as CIFAR-10 has
 
 # Photo crops.
 PHOTOGRAPHS = (  # package and file
@@ -90,10 +90,10 @@ def load_training_images(source, limit=0):
 
     Raises InputError where the images are missing, unreadable or cannot be downloaded.
     """
-    if source in MADE:
-        count = limit or MADE_IMAGES["train"]
-        held_out = min(max(2, count // 9), MADE_IMAGES["val"])
-        train, val = MADE[source](count, "train"), MADE[source](held_out, "val")
+    if source in SYNTHETIC:
+        count = limit or SYNTHETIC_IMAGES["train"]
+        held_out = min(max(2, count // 9), SYNTHETIC_IMAGES["val"])
+        train, val = SYNTHETIC[source](count, "train"), SYNTHETIC[source](held_out, "val")
         labels = val_labels = None
     else:
         images, labels = load_split(source, "train")
@@ -128,9 +128,9 @@ def load_test_images(source, limit=0):
     A limit shortens the sources that are made here alone, since figures on a part of a real test
     split compare with nothing. Errors are those of `load_training_images`.
     """
-    if source in MADE:
-        count = MADE_IMAGES["test"]
-        return Split(MADE[source](min(limit or count, count), "test"), None)
+    if source in SYNTHETIC:
+        count = SYNTHETIC_IMAGES["test"]
+        return Split(SYNTHETIC[source](min(limit or count, count), "test"), None)
     test = load_split(source, "test")
     if len(test.images) < 2:
         raise InputError(f"{source} has {len(test.images)} test image: at least 2 are needed")
@@ -334,7 +334,7 @@ def dead_leaves(count, split):
 
     Args and result are those of `photo_crops`.
     """
-    stream = list(MADE_IMAGES).index(split)
+    stream = list(SYNTHETIC_IMAGES).index(split)
     images = torch.empty(count, 3, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.uint8)
     chunks = images.split(DEAD_LEAVES_CHUNK)
     progress = progress_bar(chunks, desc=f"drawing dead leaves, {split}", unit="chunk")
@@ -363,7 +363,7 @@ def draw_leaves(count, generator):
     return (F.avg_pool2d(image, SUPERSAMPLING) * 255).round().to(torch.uint8)
 
 
-MADE = {"photo-crops": photo_crops, "dead-leaves": dead_leaves}
+SYNTHETIC = {"photo-crops": photo_crops, "dead-leaves": dead_leaves}
 
 
 # --- Batches ---
@@ -374,7 +374,7 @@ def to_float(images):
     return images.to(torch.float32, memory_format=torch.channels_last).div_(255)
 
 
-def spread(images, count):
+def evenly_spaced(images, count):
     """`count` images spread evenly over a split: the same ones each time, and of all classes, which
     folders are sorted by. 0 takes all."""
     count = min(count or len(images), len(images))

@@ -54,7 +54,7 @@ def processes(device):
         torch.cuda.set_device(own)
     timeout = timedelta(hours=2)  # the first may have to download
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
-    signal.signal(signal.SIGTERM, stopped)
+    signal.signal(signal.SIGTERM, peer_lost)
     try:
         with Path(os.devnull).open("w") as nowhere:
             out, err = (nowhere, nowhere) if rank() else (sys.stdout, sys.stderr)
@@ -62,12 +62,12 @@ def processes(device):
                 yield
     except RuntimeError as error:  # Gloo has no error class of its own
         if isinstance(error, dist.DistError) or "gloo" in str(error):
-            stopped()
+            peer_lost()
         raise
     dist.destroy_process_group()
 
 
-def stopped(*_):
+def peer_lost(*_):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     raise InputError(
         f"process {rank()} of {world_size()} lost another one: every finished epoch is saved, and "
@@ -88,7 +88,7 @@ def average(tensor):
     return tensor
 
 
-def shared(objective, device):
+def data_parallel(objective, device):
     """The objective, its gradients averaged over the processes. BatchNorm is over the whole batch
     on CUDA and over each process's part on CPUs, whose PyTorch cannot share it."""
     if world_size() == 1:

@@ -90,7 +90,7 @@ def text(none=REFUSED):
 
 
 def file_path(*words, none=REFUSED):
-    """A path; each of the words means something else and stays as it is."""
+    """A path; the words are keywords and returned unchanged."""
 
     def read(value):
         return value if value in words else Path(text().read(value))

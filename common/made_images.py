@@ -8,11 +8,11 @@ are no data: Lopes et al. 2017, arXiv:1710.07535.
 
 import torch
 
-from common.data import MADE_IMAGES, described, load_training_images, to_float
+from common.data import SYNTHETIC_IMAGES, described, load_training_images, to_float
 from common.metrics import EVALUATION_BATCH, decode, encode
 from common.runtime import InputError, progress_bar
 
-EPOCH_IMAGES = MADE_IMAGES["train"]  # photographs and made pictures of an epoch, if --limit is 0
+EPOCH_IMAGES = SYNTHETIC_IMAGES["train"]  # pictures in an epoch, if --limit is 0
 VAL_SEED = 2**32  # beyond those of --seed
 
 
@@ -142,7 +142,7 @@ def training_images(data, limit, fraction, seed, teacher=None, checkpoint=None, 
         statistics = standard_normal(teacher.latent_dim)
     if not photographs:
         count = limit or EPOCH_IMAGES
-        held_out = min(max(2, count // 9), MADE_IMAGES["val"])
+        held_out = min(max(2, count // 9), SYNTHETIC_IMAGES["val"])
         train = make_images(teacher, statistics, count, seed, path)
         val = make_images(teacher, statistics, held_out, VAL_SEED + seed, path)
         images, made = described("none", train, val), count

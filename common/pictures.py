@@ -9,7 +9,7 @@ import io
 import torch
 from matplotlib.figure import Figure
 
-from common.data import spread, to_float
+from common.data import evenly_spaced, to_float
 from common.losses import kl_divergence
 from common.metrics import evaluate_images, luma_chroma
 from common.storage import write_bytes
@@ -26,7 +26,7 @@ ERROR_GAIN = 4  # errors are small: drawn this many times larger
 @torch.no_grad()
 def draw_reconstructions(path, images, models, title):
     """A row of originals, the same each time, a row for each model, and the last model's error."""
-    originals = to_float(spread(images, COLUMNS))
+    originals = to_float(evenly_spaced(images, COLUMNS))
     rows = {"original": originals}
     rows |= {name: model.decode(model.encode(originals)[0]) for name, model in models.items()}
     last = rows[list(models)[-1]]
@@ -45,7 +45,7 @@ def draw_reconstructions(path, images, models, title):
 def draw_interpolations(path, images, models, title):
     """Straight lines in latent space between pairs of images, a row a model; originals at the ends.
     """
-    ends = to_float(spread(images, 2 * PAIRS))
+    ends = to_float(evenly_spaced(images, 2 * PAIRS))
     weights = torch.linspace(0, 1, STEPS, device=ends.device)[:, None]
     rows = []
     for pair in ends[: len(ends) // 2 * 2].split(2):

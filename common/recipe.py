@@ -21,7 +21,7 @@ COMPARED = (
     "with_teacher", "pixels_sha256", "vgg_sha256", "teacher_sha256", "teacher_architecture",
     "start_sha256", "architecture",
 )
-IN_WORDS = {
+MESSAGES = {
     "with_teacher": "one has a teacher, --teacher, and the other has none",
     "pixels_sha256": "the training images differ",
     "vgg_sha256": "VGG16's weights differ",
@@ -38,11 +38,11 @@ def check_recipe(checkpoint, path, record, names):
     try:
         earlier = checkpoint["record"]
         changed = [
-            IN_WORDS.get(name, f"{name} was {earlier[name]}, is {record[name]}")
+            MESSAGES.get(name, f"{name} was {earlier[name]}, is {record[name]}")
             for name in names
             if earlier[name] != record[name]
         ]
-        if IN_WORDS["with_teacher"] in changed:  # the weights of its terms follow from that
+        if MESSAGES["with_teacher"] in changed:  # the weights of its terms follow from that
             changed = changed[:1]
     except (KeyError, TypeError):
         raise InputError(

@@ -44,14 +44,14 @@ RUN_FILES = (
     TEACHER_STATE, STUDENT_STATE, BEST, "tinyvae_epoch_*.pth", "metrics.csv", "config.json",
 )
 # What --overwrite removes as well, with what test_trained_model.py has drawn of the old student.
-DRAWN = (*PICTURES, "evaluation.json", "samples.png", "traversal.png", "colours.png")
+EVALUATION_FILES = (*PICTURES, "evaluation.json", "samples.png", "traversal.png", "colours.png")
 
 COLUMNS = (  # of metrics.csv; kl is in nats / 3072, *_weighted are the parts of the loss
     "stage", "epoch", "loss", *TERMS, *(f"{term}_weighted" for term in TERMS), "val_mse",
     "val_psnr", "val_sampled_mse", "kl_nats", "kl_per_latent", "active_dims", "projected_std",
     "learning_rate", "ms_per_step", "seconds",
 )
-TEACHER_TRIAL = 200  # training images that a given teacher is tried on before the work
+TEACHER_CHECK_IMAGES = 200  # training images that a given teacher is tried on before the work
 
 
 @dataclass(frozen=True)
@@ -234,7 +234,7 @@ def check(run):
                 "term with --latent-weight 0"
             )
     if run.teacher and run.needs_teacher:
-        images = run.images[:TEACHER_TRIAL].cpu()
+        images = run.images[:TEACHER_CHECK_IMAGES].cpu()
         check_teacher(run.teacher, images, s.teacher, wanted if "latent" in run.weights else 0)
 
 
@@ -265,7 +265,7 @@ def prepared(run):
 
 def remove_earlier_run(run):
     """Remove what --overwrite and --demo replace. A teacher of the same settings stays."""
-    for path in find_files(run.settings, RUN_FILES + DRAWN):
+    for path in find_files(run.settings, RUN_FILES + EVALUATION_FILES):
         path.unlink()
     teacher = run.checkpoint(TEACHER)
     if not (run.trains_teacher and teacher.exists()):
@@ -350,7 +350,7 @@ def finish_teacher(run, state, teacher):
 
 def save_student(run, state, student, teacher, teacher_rows):
     """Write what an epoch of stage 2 leaves. `tinyvae_last.pth` comes last of the checkpoints: a
-    run that dies between two of them does the epoch again, and writes the others again, the same.
+    run that dies between two of them repeats the epoch and writes identical files.
 
     With --rate the last epoch alone can be the best, since before it the nats are others.
     """

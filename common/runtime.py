@@ -20,14 +20,14 @@ class InputError(Exception):
 
 
 def run_script(main, interrupted=""):
-    """Call a script's main. What `in_a_sentence` knows of input, memory, files and output becomes
+    """Call a script's main. What `user_message` knows of input, memory, files and output becomes
     one sentence and exit code 1; Ctrl-C the sentence `interrupted`, and 130."""
     prepare_streams()
     try:
         main()
         sys.stdout.flush()
     except Exception as error:
-        sentence = in_a_sentence(error)
+        sentence = user_message(error)
         if sentence is None:
             raise
         sys.exit(f"error: {sentence}")
@@ -56,7 +56,7 @@ def drop_output():
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def in_a_sentence(error):
+def user_message(error):
     """What a user is told of bad input, memory that is full, a file that the system refuses, or an
     output that cannot be written; None for other errors."""
     if isinstance(error, InputError):

@@ -23,7 +23,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message} (--help lists all flags)\n")
 
 
-def as_word(value):
+def flag_value(value):
     """A constant as its flag takes it: (16, 32) → 16,32."""
     return ",".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
 
@@ -100,7 +100,7 @@ def parse_settings(script, argv=None, preset=None):
         options = {"type": kind.from_flag, "metavar": "VALUE"}
         if kind is Switch:
             options = {"action": argparse.BooleanOptionalAction}
-        default = f"(default: {as_word(script.get(name))})"
+        default = f"(default: {flag_value(script.get(name))})"
         groups[section].add_argument(
             "--" + name.lower().replace("_", "-"),
             help=f"{comment} {default}".strip().replace("%", "%%"),

@@ -81,7 +81,7 @@ def sync_folder(folder):
 
 
 def check_writable(folder):
-    """Make a folder and try it, before work starts whose results it is to hold."""
+    """Create a folder and check that it can be written, before the work starts."""
     trial = Path(folder) / "write_test"
     try:
         trial.parent.mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from common.data import shuffled_batches, to_float
-from common.distributed import average, own_rows, shared
+from common.distributed import average, data_parallel, own_rows
 from common.metrics import EVALUATION_BATCH, evaluate_vae, sampled_mse
 from common.optimizer import make_optimizers, one_cycle
 from common.runtime import InputError, autocast, is_out_of_memory, progress_bar
@@ -61,7 +61,7 @@ def fit(objective, run, name, epochs, optimizer, learning_rate, targets=(), resu
     rows = restore(resume_from, objective, parts, order, device) if resume_from else []
     yield save_state(name, objective, parts, order, device, rows)
 
-    trained = shared(objective, device)
+    trained = data_parallel(objective, device)
     if s.compile:
         trained = torch.compile(trained, mode="reduce-overhead" if device.type == "cuda" else None)
     bar = progress_bar(total=epochs * steps, initial=len(rows) * steps, desc=name, unit="step")
@@ -76,7 +76,7 @@ def fit(objective, run, name, epochs, optimizer, learning_rate, targets=(), resu
                 lr = torch.tensor(learning_rate * one_cycle(done, epochs * steps, s.warmup))
                 for o in optimizers:
                     o.param_groups[0]["lr"] = lr
-                # Noise for the whole batch, so that each image meets the same whoever has it.
+                # Noise for the whole batch, so that an image gets the same in any process.
                 noise = own_rows(torch.randn(len(index), network.latent_dim, device=device))
                 index = own_rows(index)
                 with autocast(device, run.precision):

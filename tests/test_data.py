@@ -194,5 +194,5 @@ def test_an_epoch_shows_each_image_at_most_once():
 
 def test_images_picked_from_a_split_are_of_all_its_classes():
     labels = torch.arange(10).repeat_interleave(1000)  # as a folder of images is sorted
-    assert data.spread(labels, 2000).bincount().tolist() == [200] * 10
-    assert len(data.spread(labels[:3], 10)) == len(data.spread(labels[:3], 0)) == 3
+    assert data.evenly_spaced(labels, 2000).bincount().tolist() == [200] * 10
+    assert len(data.evenly_spaced(labels[:3], 10)) == len(data.evenly_spaced(labels[:3], 0)) == 3

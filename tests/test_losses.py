@@ -295,7 +295,7 @@ def test_the_nats_are_held_by_the_weight_of_the_kl():
         before = objective.kl_factor.item()
         step(steps - 1, value)
         moved = math.log(objective.kl_factor.item() / before)
-        assert moved == pytest.approx(share * distill_tinyvae.HOLD_SPEED / steps, rel=1e-3)
+        assert moved == pytest.approx(share * distill_tinyvae.RATE_GAIN / steps, rel=1e-3)
     free = student_objective({"kl": 1})
     free.after_step({"kl": torch.tensor(1.0)}, steps - 1, steps)
     assert free.kl_factor == 1
