@@ -182,7 +182,8 @@ def ablate(settings):
     print(
         f"\nMean ± standard deviation over seeds. vs scratch: – where the nats differ by more "
         f"than {NATS_TOLERANCE:.1%}.\nVGG distance: of the judge's features, on "
-        f"{len(comparison.judged):,} images. CKA: with the teacher's mu. 5-NN, probe: class\naccuracy from mu."
+        f"{len(comparison.judged):,} images. CKA: with the teacher's mu. 5-NN, probe: class\n"
+        "accuracy from mu."
     )
     print(f"\nWritten:\n  {csv_path}\n  {png_path}\n  {comparison.folder}/")
 
