@@ -5,7 +5,7 @@
     python test_trained_model.py --judge PATH      # VGG distance too
     python test_trained_model.py --student checkpoints/tinyvae_epoch_050.pth --data PATH
 
-Where no run has left a student in checkpoints/ it takes the included one. Prints two tables and the
+Where no run has left a student in checkpoints/ it takes the included one. Prints tables and the
 answer, writes evaluation.json, and draws reconstructions, interpolations, the most colourful test
 images, samples and a latent traversal. Takes about a minute on 2 CPU cores for CIFAR-10's 10,000
 test images, and three to five with a judge. All errors are of pixels in [0, 1], decoded from mu
