@@ -73,11 +73,9 @@ def draw(run, teacher, student, rows, when):
     curves, reconstructions, interpolations = map(run.output, PICTURES)
     draw_reconstructions(reconstructions, images, models, what)
     draw_interpolations(interpolations, images, models, what)
-    made = "pictures made by the teacher"
-    trained_on = made if run.record["data"] == "none" else data
-    if run.record.get("made_images") and trained_on != made:
-        trained_on += f" and {made}"
-    draw_curves(curves, rows, f"Training on {trained_on}")
+    sources = [] if run.record["data"] == "none" else [data]
+    sources += ["pictures made by the teacher"] if run.record.get("made_images") else []
+    draw_curves(curves, rows, f"Training on {' and '.join(sources)}")
 
 
 def draw_curves(path, rows, title):
