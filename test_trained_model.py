@@ -21,15 +21,16 @@ import torch
 from common import kind
 from common.data import PIXEL_VALUES, Split, evenly_spaced, to_float
 from common.metrics import (
+    SwappedVAE,
     encode_means,
     evaluate_code,
     evaluate_images,
     evaluate_vae,
+    explained_variance,
     fit_pca,
     interpolation_unevenness,
     sampled_mse,
     seconds_per_batch,
-    swap_codes,
     vgg_distance,
 )
 from common.models import (
@@ -57,7 +58,7 @@ from common.runtime import (
     versions,
 )
 from common.settings import parse_settings
-from common.storage import check_writable, write_json
+from common.storage import check_writable, save_checkpoint, write_json
 from common.vgg import VGGFeatures, load_vgg16
 from tiny_vae_32 import TinyVAE32
 
@@ -91,6 +92,7 @@ WRITTEN = (
     "evaluation.json", "reconstruction_test.png", "interpolation_test.png", "samples.png",
     "traversal.png", "colours.png",
 )
+SWAP_WRITTEN = ("code_maps.pth", "swap.png")  # with a teacher
 SWAP_IMAGES = 10_000  # training images that the maps between two codes are fitted to
 INTERPOLATED = 400  # test images whose pairs are interpolated for the unevenness
 
@@ -171,13 +173,38 @@ def code_row(name, figures):
     }
 
 
-def swap_rows(figures):
+def swap_decoders(teacher, student, train):
+    """The two with each other's decoder, and maps fitted to some of the training images."""
+    some = evenly_spaced(train.images, SWAP_IMAGES)
+    return {
+        "teacher_to_student": SwappedVAE(teacher, student, some),
+        "student_to_teacher": SwappedVAE(student, teacher, some),
+    }
+
+
+def measure_swap(swapped, teacher_mu, images):
+    """The errors of both, and how much of the teacher's code the student's explains."""
+    figures = {
+        name: evaluate_images(reconstruction_of(vae), images)["mse"]
+        for name, vae in swapped.items()
+    }
+    predicted = encode_means(swapped["student_to_teacher"], images)
+    return figures | {"r2": explained_variance(teacher_mu, predicted)}
+
+
+def reconstruction_of(vae):
+    return lambda images: vae.decode(vae.encode(images)[0])
+
+
+def swap_rows(figures, swap):
     """Error by encoder and decoder."""
+    own = {f"{name}_to_{name}": figures[name]["mse"] for name in ("student", "teacher")}
+    errors = {name: f"{mse:.5f}" for name, mse in (own | swap).items()}
     return [
         {
             "MSE, encoder": f"{encoder}'s",
-            **{f"decoded by the {decoder}": f"{figures[f'{encoder}_to_{decoder}']:.5f}"
-               for decoder in ("student", "teacher")},
+            "decoded by the student": errors[f"{encoder}_to_student"],
+            "decoded by the teacher": errors[f"{encoder}_to_teacher"],
         }
         for encoder in ("student", "teacher")
     ]
@@ -196,7 +223,7 @@ of mu to the teacher's, 0 to 1. 5-NN, linear probe: class accuracy from mu. brig
 much of what varies within an image is kept, as the slope of the reconstruction on the original,
 each less its mean over the image; mean colour: the same of these means. Last table: the code of one
 encoder by the other's decoder, by way of a linear map between the two that is fitted to {mapped:,}
-training images."""
+training images (code_maps.pth)."""
 
 
 # --- All together ---
@@ -304,12 +331,12 @@ def main(argv=None):
     print_table([model_row(name, row, teacher_bytes) for name, row in figures.items()])
     print()
     print_table([code_row(name, row) for name, row in figures.items()])
-    swap = {}
+    swapped, swap = {}, {}
     if "teacher" in models:
-        some = evenly_spaced(train.images, SWAP_IMAGES)
-        swap = swap_codes(models["teacher"], models["student"], some, test.images)
+        swapped = swap_decoders(models["teacher"], models["student"], train)
+        swap = measure_swap(swapped, teacher_mu, test.images)
         print()
-        print_table(swap_rows(swap))
+        print_table(swap_rows(figures, swap))
     print(LEGEND.format(
         batch=settings.batch_size, components=settings.pca_components, pixels=PIXEL_VALUES,
         mapped=SWAP_IMAGES,
@@ -339,10 +366,16 @@ def main(argv=None):
     draw_samples(samples, models, "decoded from z ~ N(0, I)")
     what = f"{title}: the student's latents that carry most nats"
     draw_traversal(traversal, test.images, models["student"], what)
-    functions = {name: lambda images, vae=model: vae.decode(vae.encode(images)[0])
-                 for name, model in models.items()}
+    functions = {name: reconstruction_of(model) for name, model in models.items()}
     functions[f"PCA, {settings.pca_components}"] = pca.reconstruct
     draw_colours(colours, test.images, functions, f"{title}: the most colourful images")
+    if swapped:
+        maps, picture = swap_files = [settings.output_dir / name for name in SWAP_WRITTEN]
+        save_checkpoint(maps, {name: vae.code_map.state_dict() for name, vae in swapped.items()})
+        named = {name.replace("_to_", "'s code,\n") + "'s decoder": vae
+                 for name, vae in swapped.items()}
+        draw_reconstructions(picture, test.images, models | named, title)
+        files += swap_files
     print_answer(figures, pca_name, len(test.images), data)
     print("\nWritten:", *files, sep="\n  ")
 

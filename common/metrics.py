@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import nn
 
 from common.data import IMAGE_SHAPE, to_float
 from common.losses import fixed_grid, kl_divergence
@@ -231,48 +232,44 @@ def linear_probe_accuracy(codes, labels, test_codes, test_labels):
     return probe.score(test_codes.cpu().numpy(), test_labels.cpu().numpy())
 
 
-@torch.no_grad()
-def swap_codes(teacher, student, train, images):
-    """What each decoder makes of the other's codes: an image may be encoded by the student on a
-    device, and decoded by the teacher elsewhere.
-
-    A linear map from the mu of one to that of the other is fitted to training images.
+class SwappedVAE(nn.Module):
+    """One VAE's encoder and another's decoder: an image may be encoded by a student on a device,
+    and decoded by its teacher elsewhere.
 
     Args:
-        teacher, student: VAEs in evaluation mode.
-        train: images to fit to, uint8.
-        images: those that are measured.
-
-    Returns MSE of pixels in [0, 1], decoded from mu, by names of encoder and decoder, as
-    student_to_teacher; and r2, the share of the variance of the teacher's mu that the student's
-    explains.
+        encoder, decoder: the VAEs, in evaluation mode.
+        images: uint8; `code_map`, linear, from the encoder's mu to the decoder's is fitted to them
+            by least squares.
     """
-    vaes = {"teacher": teacher, "student": student}
-    known, codes = ({name: encode_means(vae, some) for name, vae in vaes.items()}
-                    for some in (train, images))
-    figures = {}
-    for encoder in vaes:
-        for decoder, vae in vaes.items():
-            mu = codes[encoder]
-            if encoder != decoder:
-                mu = fit_linear(known[encoder], known[decoder])(mu)
-                if decoder == "teacher":
-                    residual = (mu - codes["teacher"]).square().sum()
-            errors = [(vae.decode(z) - to_float(some)).square().mean((1, 2, 3)) for z, some
-                      in zip(mu.split(EVALUATION_BATCH), images.split(EVALUATION_BATCH))]
-            figures[f"{encoder}_to_{decoder}"] = torch.cat(errors).mean().item()
-    variance = (codes["teacher"] - codes["teacher"].mean(0)).square().sum()
-    figures["r2"] = 1 - (residual / variance).item()
-    return figures
+
+    def __init__(self, encoder, decoder, images):
+        super().__init__()
+        self.encoder, self.decoder = encoder, decoder
+        self.code_map = fit_linear(encode_means(encoder, images), encode_means(decoder, images))
+
+    def encode(self, images):
+        mu, logvar = self.encoder.encode(images)
+        return self.code_map(mu), logvar
+
+    def decode(self, z):
+        return self.decoder.decode(z)
 
 
 def fit_linear(inputs, outputs):
-    """The affine map of least squares from N×D to N×E, as a function."""
+    """The affine map of least squares from N×D to N×E."""
     x, y = inputs.cpu().double(), outputs.cpu().double()
     weights = torch.linalg.lstsq(x - x.mean(0), y - y.mean(0)).solution
-    offset = y.mean(0) - x.mean(0) @ weights
-    weights, offset = weights.float().to(inputs.device), offset.float().to(inputs.device)
-    return lambda codes: codes @ weights + offset
+    linear = nn.Linear(*weights.shape, device=inputs.device)
+    with torch.no_grad():
+        linear.weight.copy_(weights.T)
+        linear.bias.copy_(y.mean(0) - x.mean(0) @ weights)
+    return linear.requires_grad_(False)
+
+
+def explained_variance(codes, predicted):
+    """R²: the share of the variance of codes, N×D, that their prediction explains."""
+    residual = (predicted - codes).square().sum()
+    return 1 - (residual / (codes - codes.mean(0)).square().sum()).item()
 
 
 # --- Distances of VGG16 features ---

@@ -44,7 +44,10 @@ RUN_FILES = (
     TEACHER_STATE, STUDENT_STATE, BEST, "tinyvae_epoch_*.pth", "metrics.csv", "config.json",
 )
 # What --overwrite removes as well, with what test_trained_model.py has drawn of the old student.
-EVALUATION_FILES = (*PICTURES, "evaluation.json", "samples.png", "traversal.png", "colours.png")
+EVALUATION_FILES = (
+    *PICTURES, "evaluation.json", "samples.png", "traversal.png", "colours.png", "code_maps.pth",
+    "swap.png",
+)
 
 COLUMNS = (  # of metrics.csv; kl is in nats / 3072, *_weighted are the parts of the loss
     "stage", "epoch", "loss", *TERMS, *(f"{term}_weighted" for term in TERMS), "val_mse",

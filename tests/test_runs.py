@@ -97,7 +97,7 @@ def test_two_runs_do_not_write_into_the_same_folder(tmp_path):
 def test_overwrite_keeps_a_teacher_of_the_same_settings(tiny_run, tmp_path, capsys, monkeypatch):
     run, _ = tiny_run
     copy, drawn = copy_of(run, tmp_path), []
-    evaluated = ("samples.png", "traversal.png", "colours.png", "evaluation.json")
+    evaluated = ("samples.png", "traversal.png", "colours.png", "evaluation.json", "swap.png")
     for name in (*evaluated, "note.txt"):
         (copy / "outputs" / name).touch()
     for module in (report, runs):

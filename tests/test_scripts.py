@@ -56,11 +56,17 @@ def test_evaluation_script(tiny_run, tmp_path, capsys):
     answer = printed[printed.index("On 70 test images of dead-leaves"):]
     assert f"MSE of {student['mse']:.5f} at {student['kl_nats']:.1f} nats" in answer
     assert "worse than PCA with 64 components" in answer and "times the teacher's error" in answer
-    assert answer.rstrip().endswith("colours.png")
+    assert answer.rstrip().endswith("swap.png")
     assert {path.name for path in tmp_path.iterdir()} == {
         "evaluation.json", "reconstruction_test.png", "interpolation_test.png", "samples.png",
-        "traversal.png", "colours.png",
+        "traversal.png", "colours.png", "code_maps.pth", "swap.png",
     }
+    # The student's code, by the saved map, is one that the teacher decodes.
+    teacher, _ = models.load_model(run / "checkpoints" / "teacher_vae.pth")
+    to_teacher = storage.load_checkpoint(tmp_path / "code_maps.pth")["student_to_teacher"]
+    swapped = teacher.decode(F.linear(vae.encode(images)[0], **to_teacher))
+    expected = record["swap"]["student_to_teacher"]
+    assert F.mse_loss(swapped, images).item() == pytest.approx(expected, rel=1e-3)
     assert student["cka"] < record["results"]["teacher"]["cka"] == pytest.approx(1)
 
 
