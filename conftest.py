@@ -11,7 +11,7 @@ import torch
 
 pytest.register_assert_rewrite("tests.testing")
 
-from common import comparison, data, report, runs  # noqa: E402
+from common import comparison, report, runs, synthetic  # noqa: E402
 from tests import fault_campaign  # noqa: E402
 from tests.testing import train  # noqa: E402
 
@@ -33,8 +33,8 @@ torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
 
 # Dead leaves are drawn by the 500, of which a tiny run takes 70: drawn once for each worker.
-drawn = functools.cache(data.dead_leaves)
-data.SYNTHETIC["dead-leaves"] = lambda count, split: drawn(count, split).clone()
+drawn = functools.cache(synthetic.dead_leaves)
+synthetic.SYNTHETIC["dead-leaves"] = lambda count, split: drawn(count, split).clone()
 
 
 @pytest.fixture(scope="session")

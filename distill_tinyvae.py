@@ -52,6 +52,7 @@ HERE = Path(__file__).resolve().parent
 DATA: kind.text(none=None) = "cifar10"
 LIMIT: kind.CountOr0 = 0  # use the first N training images; 0 uses all
 TEACHER_IMAGES: kind.Fraction = 0.0  # of the training pictures, made by the teacher
+SKIP_UNREADABLE: kind.Switch = False  # go on without images of a folder that cannot be read
 
 # --- Teacher ---
 TEACHER: kind.file_path("train", none=None) = "train"  # train one; a trained one's path; or None

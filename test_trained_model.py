@@ -71,6 +71,7 @@ TEACHER: kind.FileOrNone = None  # likewise; None: that of its training, if it i
 DATA: kind.text(none=None) = None  # as in distill_tinyvae.py; None: the student's own
 # fit PCA to the first N training images; 0: as many as the student saw, or all of DATA
 LIMIT: kind.CountOr0 = 0
+SKIP_UNREADABLE: kind.Switch = False  # go on without images of a folder that cannot be read
 
 # --- Measuring ---
 JUDGE: kind.Weights = None  # VGG16 for VGG distance: one no student was trained with
@@ -253,7 +254,9 @@ def load_models(settings):
 def load_images(settings, student_path, checkpoint):
     """What PCA and classifiers are fitted to, the test split, and the name of the source."""
     record = checkpoint.get("record", {})
-    images, test = find_images(settings.data, settings.limit, student_path, record)
+    images, test = find_images(
+        settings.data, settings.limit, student_path, record, settings.skip_unreadable
+    )
     if images.record["pixels_sha256"] != record.get("pixels_sha256"):
         print("images   not those the student was trained on, or not as many")
         if "evaluation" in checkpoint:

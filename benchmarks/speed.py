@@ -32,8 +32,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchvision.transforms.functional import normalize
 
 from common import kind, losses, runtime
-from common.data import load_training_images
 from common.settings import parse_settings
+from common.sources import load_training_images
 from common.storage import check_writable, write_csv
 from common.vgg import load_vgg16
 from standard_vae import StandardVAE

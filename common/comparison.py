@@ -13,11 +13,12 @@ import torch
 from matplotlib.figure import Figure
 
 from common import kind
-from common.data import Split, evenly_spaced, load_test_images, load_training_images
+from common.data import Split, evenly_spaced
 from common.metrics import evaluate_vae, sampled_mse, vgg_distance
 from common.models import BEST_STUDENT, count_parameters, find_checkpoint, load_model
 from common.runtime import InputError, describe_device, pick_device, pick_precision
 from common.settings import flag_value
+from common.sources import load_test_images, load_training_images
 from common.storage import check_writable, load_checkpoint, locked
 from common.vgg import VGGFeatures, load_vgg16
 from tiny_vae_32 import TinyVAE32

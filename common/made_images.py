@@ -8,9 +8,11 @@ are no data: Lopes et al. 2017, arXiv:1710.07535.
 
 import torch
 
-from common.data import SYNTHETIC_IMAGES, described, load_training_images, to_float
+from common.data import to_float
 from common.metrics import EVALUATION_BATCH, decode, encode
 from common.runtime import InputError, progress_bar
+from common.sources import described, load_training_images
+from common.synthetic import SYNTHETIC_IMAGES
 
 EPOCH_IMAGES = SYNTHETIC_IMAGES["train"]  # pictures in an epoch, if --limit is 0
 VAL_SEED = 2**32  # beyond those of --seed
@@ -111,22 +113,24 @@ def make_images(teacher, statistics, count, seed, path="the teacher"):
     return images
 
 
-def training_images(data, limit, fraction, seed, teacher=None, checkpoint=None, path=None):
+def training_images(
+    data, limit, fraction, seed, teacher=None, checkpoint=None, path=None, skip_unreadable=False
+):
     """The training images of a source, with those that the teacher makes, in random order.
 
     Photographs are repeated, so that an epoch has 45,000 pictures in all, or as many as it takes to
     show each photograph once.
 
     Args:
-        data, limit: as of `load_training_images`; without data, None, all pictures are made, the
-            held-out ones too, and the limit, or else 45,000, is how many.
+        data, limit, skip_unreadable: as of `load_training_images`; without data, None, all pictures
+            are made, the held-out ones too, and the limit, or else 45,000, is how many.
         fraction: of the pictures that are made.
         seed: of those.
         teacher, checkpoint, path: the teacher in evaluation mode, what its file says, its file.
 
     Raises InputError for images that cannot be loaded, and for a teacher that cannot make any.
     """
-    photographs = load_training_images(data, limit) if data else None
+    photographs = load_training_images(data, limit, skip_unreadable) if data else None
     if photographs and not fraction:
         return photographs
     if "codes" in checkpoint:
@@ -156,6 +160,7 @@ def training_images(data, limit, fraction, seed, teacher=None, checkpoint=None, 
         train = torch.cat([shown, make_images(teacher, statistics, made, seed, path)])
         train = train[torch.randperm(count, generator=torch.Generator().manual_seed(seed))]
         images = described(data, train, photographs.val)
+        images.record.update(photographs.record | images.record)
         images.record["photographs"] = len(real)
     images.record["made_images"] = made
     return images

@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from common.data import IMAGE_SHAPE, load_test_images, load_training_images
+from common.data import IMAGE_SHAPE
 from common.runtime import InputError, is_out_of_memory
+from common.sources import load_test_images, load_training_images, warn_of_copies
 from common.storage import load_checkpoint
 from standard_vae import StandardVAE
 from tiny_vae_32 import TinyVAE32
@@ -94,7 +95,7 @@ def find_student(path, folder):
     return found
 
 
-def find_images(data, limit, student_path, record):
+def find_images(data, limit, student_path, record, skip_unreadable=False):
     """Training and test images: those of `data`, or what the student was trained on.
 
     The released student's own images may not be there, and one without photographs has none: then
@@ -106,6 +107,7 @@ def find_images(data, limit, student_path, record):
         limit: of the training images; 0: as many as the student saw, or all of `data`.
         student_path: the student's file.
         record: what it says of its training.
+        skip_unreadable: leave out images of a folder that cannot be read.
     """
     if data is not None:
         sources = [(data, limit)]
@@ -120,11 +122,16 @@ def find_images(data, limit, student_path, record):
             sources += [("cifar10", limit), ("photo-crops", limit or 5000)]
     for source, count in sources:
         try:
-            return load_training_images(source, count), load_test_images(source, count)
+            images = load_training_images(source, count, skip_unreadable)
+            test = load_test_images(source, count, skip_unreadable)
         except InputError as error:
             if source == sources[-1][0]:
                 raise
             print(f"images   not {source}: {error}")
+        else:
+            known = torch.cat([images.train, images.val])
+            warn_of_copies(known, test.images, "the training images", "the test images")
+            return images, test
 
 
 def weight_bytes(model):

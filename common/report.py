@@ -3,12 +3,12 @@
 import torch
 from matplotlib.figure import Figure
 
-from common.data import photo_crops
 from common.losses import TERMS
 from common.metrics import evaluate_vae
 from common.models import count_parameters
 from common.pictures import draw_interpolations, draw_reconstructions, save_figure
 from common.runtime import print_table
+from common.synthetic import photo_crops
 
 PICTURES = ("training_curves.png", "reconstruction_test.png", "interpolation_test.png")
 

@@ -106,7 +106,8 @@ def load(settings, weights, device):
     student = load_model(s.start, TinyVAE32)[0] if s.start else None
     with first_process_first():
         images = training_images(
-            s.data, s.limit, s.teacher_images, s.seed, teacher, teacher_checkpoint, s.teacher
+            s.data, s.limit, s.teacher_images, s.seed, teacher, teacher_checkpoint, s.teacher,
+            s.skip_unreadable,
         )
         vgg, vgg_record = load_vgg16(s.vgg if "perceptual" in weights else "none", s.seed)
     with torch.device("meta"):  # for its description alone

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 import export_tinyvae
-from common import data, models, onnx_models, storage
+from common import models, onnx_models, storage, synthetic
 from common.runtime import InputError
 from common.settings import parse_settings
 from tests.testing import HERE, random_images
@@ -111,7 +111,7 @@ def test_values_that_are_no_numbers_do_not_pass_for_equal():
     vae.check_range = False
     reference = onnx_models.Form("PyTorch fp32", {}, vae.encode, vae.decode)
     nothing = reference._replace(decode=lambda z: vae.decode(z) * math.nan)
-    images = data.dead_leaves(4, "test")
+    images = synthetic.dead_leaves(4, "test")
     outputs = export_tinyvae.run_form(reference, images)
     figures = export_tinyvae.measure(nothing, outputs, images)
     assert math.isnan(figures["largest"]["image"]) and figures["largest"]["mu"] == 0

@@ -17,7 +17,7 @@ pytest.importorskip("hypothesis")
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from common import data, models, storage
+from common import folders, models, storage
 from common.runtime import InputError
 from common.settings import parse_settings
 from tests.test_settings import SCRIPTS, flag_of, load
@@ -126,7 +126,7 @@ PICTURES = [as_bytes(lambda file, kind=kind: PICTURE.save(file, kind))
 def test_a_file_that_is_no_image_or_a_damaged_one(tmp_path, content, suffix):
     path = tmp_path / f"image{suffix}"
     path.write_bytes(content)
-    ends_in_a_sentence(data.decode_images, [path], "")
+    ends_in_a_sentence(folders.read_image, path)
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK"])
@@ -134,19 +134,33 @@ def test_a_file_that_is_no_image_or_a_damaged_one(tmp_path, content, suffix):
 def test_images_of_all_modes_and_sizes_become_rgb(tmp_path, mode, size):
     path = tmp_path / ("image.tif" if mode == "CMYK" else "image.png")
     Image.new("RGB", size, (255, 255, 255)).convert(mode).save(path)
-    images = data.decode_images([path], "")
+    images, _ = folders.decode_images([path], "")
     assert images.shape == (1, 3, 32, 32) and images.min() >= 254
 
 
 @pytest.mark.parametrize(
     ("image", "message"),
-    [(("I;16", (32, 32), 20_000), r"more than 8 bits a channel: PIL's mode I;16.*: replace"),
+    [(("F", (32, 32), 0.5), r"pixels of an unknown range: PIL's mode F\): replace"),
+     (("I", (32, 32), 70_000), r"pixels of an unknown range: PIL's mode I\): replace"),
      (("1", (20_000, 20_000)), r"could not read the image .*decompression bomb")],
 )
 def test_images_that_would_be_read_wrong(image, message, tmp_path):
-    Image.new(*image).save(tmp_path / "image.png")
+    Image.new(*image).save(tmp_path / "image.tif")
     with pytest.raises(InputError, match=message):
-        data.read_image(tmp_path / "image.png")
+        folders.read_image(tmp_path / "image.tif")
+
+
+@pytest.mark.parametrize(
+    ("mode", "colour", "expected"),
+    [("RGBA", (200, 0, 0, 0), (255, 255, 255)), ("RGBA", (200, 0, 0, 255), (200, 0, 0)),
+     ("LA", (0, 128), (127, 127, 127)), ("I;16", 25_700, (100, 100, 100)),
+     ("I", 65_535, (255, 255, 255))],
+)
+def test_transparency_is_on_white_and_16_bits_are_scaled(mode, colour, expected, tmp_path):
+    path = tmp_path / ("image.tif" if mode == "I" else "image.png")
+    Image.new(mode, (32, 32), colour).save(path)
+    assert folders.read_image(path).getpixel((9, 9)) == expected
+    assert folders.fit_to_size(folders.read_image(path)).shape == (3, 32, 32)
 
 
 def test_a_photo_of_a_turned_camera_stands_upright(tmp_path):
@@ -154,7 +168,7 @@ def test_a_photo_of_a_turned_camera_stands_upright(tmp_path):
     exif[0x112] = 6  # the first row is the right column
     image.paste((255, 0, 0), (0, 0, 32, 4))
     image.save(path, exif=exif)
-    image = data.read_image(path)
+    image = folders.read_image(path)
     assert image.size == (16, 32)
     assert image.getpixel((15, 16))[0] > 200 > image.getpixel((1, 16))[0] + 100
 
@@ -163,10 +177,10 @@ def test_a_folder_that_contains_itself(tmp_path):
     write_images(tmp_path / "train" / "a", 2)
     write_images(tmp_path / "elsewhere", 2, first=2)
     (tmp_path / "train" / "b").symlink_to(tmp_path / "elsewhere")
-    assert len(data.list_images(tmp_path / "train")) == 4
+    assert len(folders.list_images(tmp_path / "train").paths) == 4
     (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "train")
     with pytest.raises(InputError, match=r"back is a link to a folder that it lies in: remove it"):
-        data.list_images(tmp_path / "train")
+        folders.list_images(tmp_path / "train")
 
 
 # --- Flags and constants ---

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from common import data, losses, metrics, models, storage
+from common import data, losses, metrics, models, storage, synthetic
 from common.runtime import InputError
 from standard_vae import StandardVAE
 from tests.testing import HERE, on_posix, random_images, random_normal
@@ -80,7 +80,7 @@ def test_ssim_agrees_with_the_definition():
 
 
 def test_evaluation_is_the_same_in_batches_of_any_size(monkeypatch):
-    vae, images = TinyVAE32(), data.dead_leaves(50, "test")
+    vae, images = TinyVAE32(), synthetic.dead_leaves(50, "test")
     whole = metrics.evaluate_vae(vae, images, with_ssim=True)
     monkeypatch.setattr(metrics, "EVALUATION_BATCH", 7)
     parts = metrics.evaluate_vae(vae, images, with_ssim=True)
@@ -99,11 +99,11 @@ def test_active_dimensions_are_those_whose_mean_moves():
     with torch.no_grad():
         vae.fc_mu.weight[10:] = 0  # these latents say the same of every image
         vae.fc_mu.weight[:10] *= 1000
-    assert metrics.evaluate_vae(vae, data.dead_leaves(50, "test"))["active_dims"] == 10
+    assert metrics.evaluate_vae(vae, synthetic.dead_leaves(50, "test"))["active_dims"] == 10
 
 
 def test_classes_are_told_apart_where_there_are_two():
-    vae, images = TinyVAE32(), data.dead_leaves(20, "test")
+    vae, images = TinyVAE32(), synthetic.dead_leaves(20, "test")
     for labels, names in ((torch.arange(20) % 2, {"knn_accuracy", "probe_accuracy"}),
                           (torch.zeros(20, dtype=torch.long), set())):
         split = data.Split(images, labels)
@@ -163,7 +163,7 @@ def test_neighbours_vote_and_the_nearest_decides_a_tie():
 
 
 def test_sampled_error_is_that_of_noise_and_leaves_the_random_state():
-    vae, images = TinyVAE32().eval(), data.dead_leaves(50, "test")
+    vae, images = TinyVAE32().eval(), synthetic.dead_leaves(50, "test")
     with torch.no_grad():
         vae.fc_logvar.weight.zero_()
         vae.fc_logvar.bias.fill_(-40)  # no noise: a sample is the mean

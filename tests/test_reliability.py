@@ -19,7 +19,8 @@ import torch
 import tqdm.std
 from PIL import Image
 
-from common import data, models, runtime, storage, training, vgg
+from common import models, runtime, sources, storage, training, vgg
+from common.folders import read_image
 from common.runtime import InputError
 from tests.fault_campaign import contents_of, without_times
 from tests.testing import HERE, TINY, assert_same_run, folders, on_posix, start, train
@@ -247,15 +248,15 @@ def test_memory_that_is_full_ends_in_a_sentence():
 
 def test_memory_that_is_full_says_nothing_against_files(tiny_run, tmp_path, monkeypatch):
     torchvision = runtime.import_torchvision()
-    (tmp_path / data.CIFAR10_FOLDER).mkdir()
+    (tmp_path / sources.CIFAR10_FOLDER).mkdir()
     image, best = tmp_path / "image.png", tiny_run[0] / "checkpoints" / "tinyvae_best.pth"
     image.touch()
     for owner, name, load in (
         (torch, "load", lambda: models.load_model(best)),
         (TinyVAE32, "load_state_dict", lambda: models.load_model(best)),
         (TinyVAE32, "load_state_dict", lambda: train(tiny_run[0], "--resume")),
-        (Image, "open", lambda: data.read_image(image)),
-        (torchvision.datasets, "CIFAR10", lambda: data.load_split(str(tmp_path), "train")),
+        (Image, "open", lambda: read_image(image)),
+        (torchvision.datasets, "CIFAR10", lambda: sources.load_split(str(tmp_path), "train")),
         (torchvision.models.VGG16_Weights, "get_state_dict", lambda: vgg.load_vgg16("imagenet")),
     ):
         with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="98765 bytes"):

@@ -15,7 +15,18 @@ import pytest
 import torch
 
 import distill_tinyvae
-from common import data, losses, metrics, models, report, runs, storage, teacher_outputs, training
+from common import (
+    data,
+    losses,
+    metrics,
+    models,
+    report,
+    runs,
+    sources,
+    storage,
+    teacher_outputs,
+    training,
+)
 from common.runtime import InputError
 from standard_vae import StandardVAE
 from tests.testing import (
@@ -316,7 +327,7 @@ def test_a_student_that_is_given_is_trained_further(
     assert (kind, latent_dim, len(teacher_mu)) == ("principal", 8, 70)
     config = json.loads((tmp_path / "outputs" / "config.json").read_text())
     assert config["latent_dim"] == 8 and config["encoder_channels"] == [4, 8, 8, 8]
-    images = data.load_training_images("dead-leaves", 70).train
+    images = sources.load_training_images("dead-leaves", 70).train
     torch.testing.assert_close(student_mu, student.encode(data.to_float(images))[0])
 
     train(tmp_path, *flags, "--resume")

@@ -13,7 +13,7 @@ import distill_tinyvae
 import progressive_distillation
 import prune_tinyvae
 import test_trained_model
-from common import comparison, data, metrics, models, runs, storage
+from common import comparison, data, metrics, models, runs, sources, storage, synthetic
 from common.runtime import InputError
 from common.settings import parse_settings
 from standard_vae import StandardVAE
@@ -48,7 +48,7 @@ def test_evaluation_script(tiny_run, tmp_path, capsys):
     assert student["parameters"] == 294_403
     # The figures are those of the test split, computed here another way.
     vae, _ = models.load_model(run / "checkpoints" / "tinyvae_best.pth", TinyVAE32)
-    images = data.to_float(data.dead_leaves(70, "test"))
+    images = data.to_float(synthetic.dead_leaves(70, "test"))
     assert student["mse"] == pytest.approx(F.mse_loss(vae(images)[0], images).item(), rel=1e-3)
     ratio = record["results"]["teacher"]["weight_bytes"] / student["weight_bytes"]
     assert f"{ratio:.1f}×" in printed
@@ -123,7 +123,7 @@ def test_the_released_teacher_is_what_its_card_says():
         assert record[f"teacher_{name}"] == recipe[f"teacher_{name}"]
     assert all(record[name] == recipe[name] for name in ("batch_size", "warmup", "seed"))
     # On photographs of another kind than it was trained on.
-    images = data.load_test_images("photo-crops", 100).images
+    images = sources.load_test_images("photo-crops", 100).images
     assert metrics.evaluate_vae(teacher, images)["mse"] < 0.002
     # What its codes and what it leaves out are distributed like, for making images.
     covariance = checkpoint["codes"]["covariance"]
@@ -414,7 +414,7 @@ def test_each_stage_learns_from_the_one_before(
     # The figures are those of the checkpoint, computed here another way.
     best = folder / f"stage_2_{SMALLER}_1_epochs" / "tinyvae_best.pth"
     vae, _ = models.load_model(best, TinyVAE32)
-    images = data.to_float(data.load_training_images("dead-leaves", 70).val)
+    images = data.to_float(sources.load_training_images("dead-leaves", 70).val)
     assert float(last["mse"]) == pytest.approx(F.mse_loss(vae(images)[0], images).item(), rel=1e-3)
 
     not_trained_again()

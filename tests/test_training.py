@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import distill_tinyvae
-from common import data, losses, metrics, optimizer, storage, training
+from common import data, losses, metrics, optimizer, storage, synthetic, training
 from common.runtime import InputError
 from distill_tinyvae import TeacherObjective
 from tests.testing import (
@@ -21,7 +21,7 @@ from tests.testing import (
 )
 from tiny_vae_32 import TinyVAE32
 
-IMAGES = data.dead_leaves(60, "train")
+IMAGES = synthetic.dead_leaves(60, "train")
 
 
 class Scripted(torch.nn.Module):
