@@ -188,7 +188,7 @@ def ablate(settings):
     print(f"\nWritten:\n  {csv_path}\n  {png_path}\n  {comparison.folder}/")
 
 
-def main(argv=None):
+def main(argv=()):
     ablate(parse_settings(globals(), argv))
 
 

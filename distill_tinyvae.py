@@ -304,7 +304,7 @@ def distil(settings, device):
             report.print_results(run, teacher, student, seconds, runs.written_files(run))
 
 
-def main(argv=None):
+def main(argv=()):
     settings = parse_settings(globals(), argv, DEMO_SETTINGS)
     if settings.demo:
         settings = settings.replace(

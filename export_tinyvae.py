@@ -260,7 +260,7 @@ def web_files(vae, form, test_images):
     return form.files | {"examples.png": png.getvalue(), "model.json": json.dumps(card).encode()}
 
 
-def main(argv=None):
+def main(argv=()):
     settings = parse_settings(globals(), argv)
     for package in ("onnx", "onnxscript", "onnxruntime"):
         require(package)

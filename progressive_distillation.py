@@ -167,7 +167,7 @@ def distil_in_stages(settings):
     print(f"\nWritten:\n  {csv_path}\n  {comparison.folder}/")
 
 
-def main(argv=None):
+def main(argv=()):
     distil_in_stages(parse_settings(globals(), argv))
 
 

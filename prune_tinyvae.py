@@ -234,7 +234,7 @@ def prune_all(settings):
     print(f"\nWritten:\n  {csv_path}\n  {png_path}\n  {comparison.folder}/")
 
 
-def main(argv=None):
+def main(argv=()):
     prune_all(parse_settings(globals(), argv))
 
 

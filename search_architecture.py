@@ -310,7 +310,7 @@ def print_rows(title, rows):
     ])
 
 
-def main(argv=None):
+def main(argv=()):
     settings = parse_settings(globals(), argv)
     matplotlib.use("Agg")  # Optuna draws with pyplot, which would look for a screen
     torch.set_num_threads(1)  # times are of one thread; students have processes of their own

@@ -290,7 +290,7 @@ def print_answer(figures, pca_name, test_images, data):
         print("  compared with no teacher: --teacher PATH names one")
 
 
-def main(argv=None):
+def main(argv=()):
     settings = parse_settings(globals(), argv)
     if settings.demo:
         settings = settings.replace(

@@ -67,7 +67,7 @@ def measure(processes, settings):
     }
 
 
-def main(argv=None):
+def main(argv=()):
     s = parse_settings(globals(), argv)
     check_writable(s.output_dir)
     device = runtime.describe_device(runtime.pick_device(s.device))

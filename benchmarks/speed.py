@@ -265,7 +265,7 @@ def table_rows(rows):
     return table
 
 
-def main(argv=None):
+def main(argv=()):
     s = parse_settings(globals(), argv)
     check_writable(s.output_dir)
     device = runtime.pick_device(s.device)

@@ -8,6 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from common.data import IMAGE_SHAPE
+from common.other_checkpoints import adopt
 from common.runtime import InputError, is_out_of_memory
 from common.sources import load_test_images, load_training_images, warn_of_copies
 from common.storage import load_checkpoint
@@ -22,6 +23,9 @@ MODELS = {"StandardVAE": StandardVAE, "TinyVAE32": TinyVAE32}
 def load_model(path, expected=None):
     """The model in a checkpoint, built as the checkpoint describes it, and the whole checkpoint.
 
+    A state dict that another program saved will do as well: `other_checkpoints`. What it was taken
+    from is printed.
+
     Args:
         path: the checkpoint.
         expected: the class that it should hold, TinyVAE32 or StandardVAE; None takes either.
@@ -32,7 +36,15 @@ def load_model(path, expected=None):
     checkpoint = load_checkpoint(path)
     architecture, record = checkpoint.get("architecture"), checkpoint.get("record", {})
     if not (isinstance(architecture, dict) and isinstance(record, dict) and "model" in checkpoint):
-        raise InputError(f"{path} is not a model checkpoint of this project: name one that is")
+        try:
+            checkpoint, where = adopt(checkpoint, expected and expected.__name__)
+        except ValueError as error:
+            raise InputError(
+                f"{path} is not a model checkpoint of this project, nor one network's state dict "
+                f"({error}): name another"
+            ) from error
+        architecture = checkpoint["architecture"]
+        print(f"{path}: a state dict{where and f' under {where}'}, taken as {architecture}")
     arguments = dict(architecture)
     name = arguments.pop("name", None)
     network = MODELS.get(name) if isinstance(name, str) else None
@@ -55,8 +67,10 @@ def load_model(path, expected=None):
 
 def refuse_other_weights(weights, expected):
     """Raise ValueError unless weights are finite and of the names, shapes and types expected."""
-    if not isinstance(weights, dict) or set(weights) != set(expected):
-        raise ValueError("other layers")
+    if not isinstance(weights, dict):
+        raise ValueError(f"a {type(weights).__name__} in place of a state dict")
+    if others := sorted(map(str, set(weights) ^ set(expected))):
+        raise ValueError(f"other layers, of which {others[0]} is in one alone")
     for name, tensor in weights.items():
         is_tensor = isinstance(tensor, torch.Tensor)
         if not is_tensor or tensor.shape != expected[name].shape:
@@ -69,7 +83,8 @@ def refuse_other_weights(weights, expected):
         if tensor.layout != torch.strided:
             raise ValueError(f"{name} is {tensor.layout}, not dense")
         # Stored in half precision, weights are loaded into single precision.
-        is_half = tensor.dtype == torch.half and expected[name].is_floating_point()
+        is_half = tensor.dtype in (torch.half, torch.bfloat16)
+        is_half = is_half and expected[name].is_floating_point()
         if tensor.dtype != expected[name].dtype and not is_half:
             raise ValueError(f"{name} is {tensor.dtype}, not {expected[name].dtype}")
         if not tensor.isfinite().all():

@@ -21,6 +21,10 @@ COMPARED = (
     "with_teacher", "pixels_sha256", "vgg_sha256", "teacher_sha256", "teacher_architecture",
     "start_sha256", "architecture",
 )
+EPOCHS_FIXED = (
+    "; the learning rate has fallen with the epochs and cannot rise again: --start "
+    "tinyvae_best.pth, in other folders, trains a finished student on"
+)
 MESSAGES = {
     "with_teacher": "one has a teacher, --teacher, and the other has none",
     "pixels_sha256": "the training images differ",
@@ -39,6 +43,7 @@ def check_recipe(checkpoint, path, record, names):
         earlier = checkpoint["record"]
         changed = [
             MESSAGES.get(name, f"{name} was {earlier[name]}, is {record[name]}")
+            + (EPOCHS_FIXED if name == "epochs" else "")
             for name in names
             if earlier[name] != record[name]
         ]

@@ -20,12 +20,15 @@ class InputError(Exception):
 
 
 def run_script(main, interrupted=""):
-    """Call a script's main. What `user_message` knows of input, memory, files and output becomes
-    one sentence and exit code 1; Ctrl-C the sentence `interrupted`, and 130."""
+    """Call a script's main with the command line. What `user_message` knows of input, memory, files
+    and output becomes one sentence and exit code 1; Ctrl-C the sentence `interrupted`, and 130; a
+    reader of the output that has gone, as in `| head`, 141, as of other programs."""
     prepare_streams()
     try:
-        main()
+        main(sys.argv[1:])
         sys.stdout.flush()
+    except BrokenPipeError:
+        sys.exit(141)
     except Exception as error:
         sentence = user_message(error)
         if sentence is None:
@@ -71,7 +74,7 @@ def user_message(error):
     if error.filename is not None:
         reason = error.strerror or reason
         return f"{error.filename} cannot be used ({reason}): correct its name or permissions"
-    if error.errno in (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EIO):  # of a write
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):  # of a write
         return (
             f"what this prints could not be written ({error.strerror}): print to a terminal or a "
             "file with space; files that are finished stay"

@@ -68,12 +68,13 @@ def kinds_of(script, texts):
     return kinds
 
 
-def parse_settings(script, argv=None, preset=None):
+def parse_settings(script, argv=(), preset=None):
     """The Settings of a run.
 
     Args:
         script: the script's `globals()`.
-        argv: the words after the script's name; None reads the command line.
+        argv: the words after the script's name. Without any, as where `main()` is called in a
+            notebook, the constants count.
         preset: settings that take the place of the constants where DEMO or --demo is on; a flag
             beside --demo still wins.
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from filelock import FileLock, Timeout
 
-from common.runtime import InputError, is_out_of_memory
+from common.runtime import InputError, is_out_of_memory, require
 
 
 def write_bytes(path, content):
@@ -144,12 +144,18 @@ def fingerprint(module):
 
 
 def load_checkpoint(path):
-    """Read a checkpoint onto the CPU. Raises InputError if it is missing, damaged or holds code."""
+    """Read a checkpoint, or a .safetensors file, onto the CPU. Raises InputError if it is missing,
+    damaged or holds code."""
     try:
         if Path(path).exists() and not Path(path).is_file():  # a device may have no end
             raise OSError(errno.EINVAL, "a folder or a device, not a file")
-        refuse_compressed(path)
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if Path(path).suffix == ".safetensors":
+            checkpoint = require("safetensors.torch", "pip install safetensors").load_file(path)
+        else:
+            refuse_compressed(path)
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except InputError:
+        raise
     except FileNotFoundError:
         raise InputError(f"there is no checkpoint {path}: train one, or name another") from None
     except OSError as error:

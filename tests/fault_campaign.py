@@ -165,7 +165,7 @@ class Campaign:
         comparison.run_process = in_this_process
         report.draw = runs.draw = draw_nothing
         events = watch_files(*fault)
-        run_script(lambda: self.module.main(self.flags))
+        run_script(lambda argv: self.module.main(self.flags))
         self.events_file.write_text(json.dumps(events))
 
     def words(self):
@@ -231,7 +231,7 @@ def without_times(data):
     return data
 
 
-def main(argv=None):
+def main(argv=()):
     s = parse_settings(globals(), argv)
     torch.set_num_threads(1)  # a process with threads should not be forked
     tqdm.monitor_interval = 0  # another thread

@@ -1,18 +1,12 @@
 """Figures, and the files that keep them: metrics, baselines, checkpoints, tables."""
 
-import io
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from common import data, losses, metrics, models, storage, synthetic
-from common.runtime import InputError
-from standard_vae import StandardVAE
-from tests.testing import HERE, on_posix, random_images, random_normal
+from common import data, losses, metrics, synthetic
+from tests.testing import random_images, random_normal
 from tiny_vae_32 import TinyVAE32
 
 # --- Metrics ---
@@ -203,84 +197,3 @@ def test_vgg_distance_and_evenness_of_known_paths():
     assert metrics.vgg_distance(Bent(lambda z: z), images, judge) < 1e-9
     off = metrics.vgg_distance(Bent(lambda z: z + 0.1), images, judge)
     assert off == pytest.approx(0.01, rel=1e-3)
-
-
-# --- Files ---
-
-
-@on_posix
-def test_a_failed_write_leaves_the_old_file(tmp_path):
-    path = tmp_path / "table.csv"
-    storage.write_bytes(path, b"old")
-    script = (
-        "import resource, signal, sys; from pathlib import Path; sys.path.insert(0, sys.argv[1])\n"
-        "from common import storage\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"  # as a full disk does
-        "storage.write_bytes(sys.argv[2], b'new' * 1000)\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", script, HERE, path], capture_output=True, text=True
-    )
-    assert "InputError: could not write" in done.stderr
-    assert path.read_bytes() == b"old"
-    assert list(tmp_path.iterdir()) == [path]
-    assert done.stderr.endswith("): free some space or choose another folder\n")
-    remedy = "its folder was removed, renamed or replaced; put it back and try again$"
-    for folder in (path, tmp_path / "no folder"):
-        with pytest.raises(InputError, match=rf"could not write .*: {remedy}"):
-            storage.write_bytes(folder / "table.csv", b"new")
-
-
-def test_checkpoints_are_loaded_onto_the_cpu_and_run_no_code(tmp_path, monkeypatch):
-    asked, load = {}, torch.load
-    path = tmp_path / "model.pth"
-    storage.save_checkpoint(path, {"epoch": 1})
-    monkeypatch.setattr(torch, "load", lambda path, **how: asked.update(how) or load(path, **how))
-    assert storage.load_checkpoint(path) == {"epoch": 1}
-    assert asked == {"map_location": "cpu", "weights_only": True}
-
-
-def test_bad_checkpoints_are_refused_in_a_sentence(tmp_path):
-    path, vae = tmp_path / "model.pth", TinyVAE32()
-    storage.save_checkpoint(path, {"architecture": vae.architecture, "model": vae.state_dict()})
-    whole = path.read_bytes()
-
-    def saved(thing):
-        file = io.BytesIO()
-        torch.save(thing, file)
-        return file.getvalue()
-
-    for content, message in (
-        (whole[: len(whole) // 2], r"damaged|plain data"),
-        (b"", r"damaged|plain data"),
-        (b"not a checkpoint", r"damaged|plain data"),
-        (saved(vae), "not a checkpoint of plain data"),  # a pickled module: code
-        (saved([1, 2]), "holds a list"),
-    ):
-        path.write_bytes(content)
-        with pytest.raises(InputError, match=message):
-            storage.load_checkpoint(path)
-    for other in (tmp_path, os.devnull):  # not read: a device may have no end
-        with pytest.raises(InputError, match=r"could not read .* \(a folder or a device"):
-            storage.load_checkpoint(other)
-    with pytest.raises(InputError, match="there is no checkpoint"):
-        storage.load_checkpoint(tmp_path / "nowhere.pth")
-
-
-def test_a_checkpoint_builds_the_model_it_describes_and_no_other(tmp_path):
-    path = tmp_path / "model.pth"
-    vae = TinyVAE32(latent_dim=8, decoder_channels=(10, 9, 8, 7)).eval()
-    storage.save_checkpoint(path, {"architecture": vae.architecture, "model": vae.state_dict()})
-    built, checkpoint = models.load_model(path, TinyVAE32)
-    images = random_images(2)
-    assert torch.equal(built(images)[0], vae(images)[0])
-    with pytest.raises(InputError, match="holds a TinyVAE32, but a StandardVAE is needed"):
-        models.load_model(path, StandardVAE)
-    checkpoint["architecture"]["latent_dim"] = 9
-    storage.save_checkpoint(path, checkpoint)
-    with pytest.raises(InputError, match="do not fit"):
-        models.load_model(path, TinyVAE32)
-    storage.save_checkpoint(path, {"weights": 1})
-    with pytest.raises(InputError, match="not a model checkpoint"):
-        models.load_model(path, TinyVAE32)

@@ -60,7 +60,7 @@ def test_a_second_run_replaces_nothing_unless_told_to(tiny_run):
     for flags, message in (
         ((), r"--resume .* --overwrite .* another"),
         (("--resume", "--overwrite"), "give one of them"),
-        (("--resume", "--epochs", "4"), r"other settings \(epochs was 3, is 4\)"),
+        (("--resume", "--epochs", "4"), r"\(epochs was 3, is 4; .* --start tinyvae_best\.pth, "),
         (("--resume", "--learning-rate", "0.01"), r"\(learning_rate was 0\.003, is 0\.01\)"),
         (("--resume", "--optimizer", "adam"), r"\(optimizer was muon, is adam\)"),
         (("--resume", "--kl-scale", "1"), r"settings \(kl_scale was 0\.4, is 1\.0\): use"),

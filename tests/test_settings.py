@@ -306,8 +306,13 @@ def test_flags_that_make_no_sense_are_refused_and_named(script, printed):
 def test_bad_settings_end_a_script_before_any_work(epochs, flag, code, tmp_path, monkeypatch):
     monkeypatch.setattr(distill_tinyvae, "EPOCHS", epochs)
     with pytest.raises(SystemExit) as stop:
-        runtime.run_script(lambda: distill_tinyvae.main([*folders(tmp_path), flag]))
+        runtime.run_script(lambda argv: distill_tinyvae.main([*folders(tmp_path), flag]))
     assert (stop.value.code, list(tmp_path.iterdir())) == (code, [])
+
+
+def test_main_called_in_a_notebook_takes_the_constants(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["ipykernel_launcher.py", "-f", "kernel.json"])
+    assert parse_settings(load()[0]).as_dict() == parse_settings(load()[0], []).as_dict()
 
 
 def test_the_recipe_is_that_of_the_design_and_fixed():
