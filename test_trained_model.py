@@ -342,7 +342,7 @@ def main(argv=()):
         print_table(swap_rows(figures, swap))
     print(LEGEND.format(
         batch=settings.batch_size, components=settings.pca_components, pixels=PIXEL_VALUES,
-        mapped=SWAP_IMAGES,
+        mapped=min(SWAP_IMAGES, len(train.images)),
     ))
     evaluation = {
         "student": str(student_path),

@@ -105,7 +105,7 @@ def load_images(train_folder, cache_dir, skip_unreadable, folder):
         "unreadable_files": list(unreadable),
     }
     if unreadable and not skip_unreadable:
-        refuse_unreadable(unreadable, folder, cache.with_suffix(".unreadable.txt"))
+        refuse_unreadable(unreadable, cache.with_suffix(".unreadable.txt"))
     if listing.others or listing.hidden or unreadable:
         print(
             f"{folder}: left out {some_of(listing.others, 'of a type that Pillow does not open')}, "
@@ -130,9 +130,9 @@ def read_cache(cache, contents, folder):
     return None
 
 
-def refuse_unreadable(unreadable, folder, listed):
+def refuse_unreadable(unreadable, listed):
     """Raise InputError that names the first of some unreadable files, path → reason, after writing
-    all of them to the file `listed`."""
+    the paths of all to the file `listed`."""
     first = "".join(f"\n  {path}: {reason}" for path, reason in list(unreadable.items())[:NAMED])
     where = f"; all are listed in {listed}"
     try:
@@ -140,7 +140,7 @@ def refuse_unreadable(unreadable, folder, listed):
     except InputError:
         where = ""
     raise InputError(
-        f"{len(unreadable):,} images in {folder} cannot be read: replace or remove them, or go on "
+        f"{len(unreadable):,} images cannot be read: replace or remove them, or go on "
         f"without them with --skip-unreadable{where}{first}"
     )
 

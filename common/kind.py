@@ -98,7 +98,7 @@ def file_path(*words, none=REFUSED):
     return Kind(read, " or ".join(["a path", *words]), none)
 
 
-def several(kind, count=None):
+def several(kind, count=None, none=REFUSED):
     """Values of one kind: a tuple or list of them, or a string with commas between."""
 
     def read(values):
@@ -111,7 +111,7 @@ def several(kind, count=None):
         return tuple(kind.check(value) for value in values)
 
     many = f"{count} values" if count else "one value or more"
-    return Kind(read, f"{many}, separated by commas, each {kind.means}")
+    return Kind(read, f"{many}, separated by commas, each {kind.means}", none)
 
 
 def read_switch(value):

@@ -68,7 +68,7 @@ def kinds_of(script, texts):
     return kinds
 
 
-def parse_settings(script, argv=(), preset=None):
+def parse_settings(script, argv=(), preset=None, words=None):
     """The Settings of a run.
 
     Args:
@@ -77,6 +77,7 @@ def parse_settings(script, argv=(), preset=None):
             notebook, the constants count.
         preset: settings that take the place of the constants where DEMO or --demo is on; a flag
             beside --demo still wins.
+        words: the name of a setting that takes the words without a flag, instead of a flag.
 
     Raises InputError for a constant that makes no sense. An unknown flag, or a flag's value that
     makes no sense, ends the program with exit code 2.
@@ -102,12 +103,18 @@ def parse_settings(script, argv=(), preset=None):
         if kind is Switch:
             options = {"action": argparse.BooleanOptionalAction}
         default = f"(default: {flag_value(script.get(name))})"
+        flag = "--" + name.lower().replace("_", "-")
+        if name.lower() == words:
+            flag, options = words, {"nargs": "*", "metavar": name}
         groups[section].add_argument(
-            "--" + name.lower().replace("_", "-"),
-            help=f"{comment} {default}".strip().replace("%", "%%"),
-            **options,
+            flag, help=f"{comment} {default}".strip().replace("%", "%%"), **options
         )
     flags = vars(parser.parse_args(argv))
+    if words:
+        try:
+            flags[words] = kinds[words.upper()].check(flags.get(words) or script[words.upper()])
+        except ValueError as error:
+            parser.error(f"{words} {error}")
 
     def check(name, value, what=""):
         if name.upper() not in kinds:

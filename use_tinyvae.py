@@ -1,0 +1,368 @@
+"""Put a trained student to work on your pictures; the included one will do.
+
+    python use_tinyvae.py photo.jpg pictures/          # what it makes of them, side by side
+    python use_tinyvae.py photo.jpg --tiles            # the whole photograph, in 32×32 tiles
+    python use_tinyvae.py pictures/ --latents codes.npz     # mu, logvar, names
+    python use_tinyvae.py --decode codes.npz           # and back: a sheet, or a folder of PNGs
+    python use_tinyvae.py --samples 64                 # new pictures, from the prior
+    python use_tinyvae.py --interpolate a.jpg b.jpg    # from one picture to another
+    python use_tinyvae.py --nearest a.jpg pictures/    # those with the nearest codes
+
+Pictures are files or folders, of any format that Pillow opens and of any size: the shorter side is
+scaled to 32 pixels and the centre cut out, or, with --tiles, all of it is used. --teacher shows
+what the teacher makes of them as well. On 2 CPU cores 50,000 small pictures are encoded in 30
+seconds, and a photograph of 12 megapixels goes through its tiles in 10.
+"""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from common import kind
+from common.data import IMAGE_SIZE, evenly_spaced, to_float
+from common.folders import decode_images, list_images, read_image, refuse_unreadable
+from common.losses import kl_divergence
+from common.metrics import EVALUATION_BATCH
+from common.models import load_model
+from common.pictures import draw_interpolations, image_rows, save_figure
+from common.runtime import InputError, pick_device, progress_bar, run_script
+from common.settings import parse_settings
+from common.storage import check_writable, write_bytes
+
+HERE = Path(__file__).resolve().parent
+
+# --- Pictures ---
+PICTURES: kind.several(kind.file_path(), none=()) = None  # files and folders, named without a flag
+SKIP_UNREADABLE: kind.Switch = False  # go on without those that cannot be read
+
+# --- What to do with them; by default reconstruct them ---
+TILES: kind.Switch = False  # reconstruct each whole, in tiles of 32×32 pixels
+OVERLAP: kind.whole(0, IMAGE_SIZE // 2) = 8  # pixels of neighbouring tiles, which are blended
+LATENTS: kind.FileOrNone = None  # write codes into this file: .npz, or .npy for mu alone
+HALF: kind.Switch = False  # latents as float16: half the size
+DECODE: kind.FileOrNone = None  # pictures from a file of latents
+SAMPLES: kind.CountOr0 = 0  # draw so many new pictures
+SEED: kind.Seed = 0  # of these
+INTERPOLATE: kind.Switch = False  # from the first picture to the second
+NEAREST: kind.Switch = False  # show which of the other pictures are like the first
+
+# --- Networks ---
+CHECKPOINT: kind.file_path() = HERE / "checkpoints" / "tinyvae_cifar10.pth"  # the student
+TEACHER: kind.FileOrNone = None  # a second network to show beside it
+DEVICE: kind.Device = "auto"  # auto (cuda, then mps, then cpu), cuda, cpu or mps
+
+# --- Files ---
+OUTPUT: kind.FileOrNone = None  # PNG, or a folder for one PNG a picture; None: in outputs/
+OVERWRITE: kind.Switch = False  # replace files that are there
+
+# --- Not settings ---
+COLUMNS = 10  # pictures side by side in a sheet
+SHOWN = 100  # pictures in a sheet at most
+
+
+# --- Pictures in, codes and pictures out ---
+
+
+def find_pictures(paths):
+    """Files, and the files in folders, each once: path → name, relative to the folder."""
+    names = {}
+    for path in paths:
+        for file in list_images(path).paths if path.is_dir() else [path]:
+            name = str(file.relative_to(path)) if path.is_dir() else file.name
+            names.setdefault(file.resolve(), name)
+    return names
+
+
+def load_pictures(s):
+    """uint8, N×3×32×32, and their names."""
+    names = find_pictures(s.pictures)
+    images, unreadable = decode_images(names, "reading")
+    if unreadable and not s.skip_unreadable:
+        refuse_unreadable(unreadable, HERE / "outputs" / "unreadable.txt")
+    names = [name for path, name in names.items() if str(path) not in unreadable]
+    if not names:
+        raise InputError("none of the pictures can be read")
+    if unreadable:
+        print(f"left out {len(unreadable):,} that cannot be read: {', '.join(unreadable)}")
+    return images, names
+
+
+@torch.no_grad()
+def encode(vae, images, device):
+    """mu and logvar of uint8 images, on the CPU."""
+    chunks = progress_bar(images.split(EVALUATION_BATCH), desc="encoding", unit="batch")
+    codes = [vae.encode(to_float(chunk.to(device))) for chunk in chunks]
+    return (torch.cat(values).cpu() for values in zip(*codes))
+
+
+@torch.no_grad()
+def decode(vae, mu, device):
+    """Images in [0, 1] of latents, on the CPU."""
+    return torch.cat([vae.decode(z.to(device)).cpu() for z in mu.split(EVALUATION_BATCH)])
+
+
+@torch.no_grad()
+def reconstruct_in_tiles(vae, image, overlap, device):
+    """A picture of any size, put together from 32×32 tiles that are encoded one by one.
+
+    Args:
+        image: uint8, 3×H×W.
+        overlap: pixels that neighbouring tiles share; across them one fades into the other.
+
+    Returns uint8, 3×H×W, and the nats of all tiles and how many there are.
+    """
+    stride, sides = IMAGE_SIZE - overlap, image.shape[1:]
+    rows, columns = (1 + max(0, -((IMAGE_SIZE - side) // stride)) for side in sides)
+    height, width = (stride * (count - 1) + IMAGE_SIZE for count in (rows, columns))
+    y, x = (torch.arange(size).clamp_max(side - 1) for size, side in zip((height, width), sides))
+    padded = image[:, y[:, None], x]  # the last row and column repeated
+    ramp = (torch.arange(IMAGE_SIZE) + 1).clamp_max(overlap + 1) / (overlap + 1)
+    window = torch.outer(ramp * ramp.flip(0), ramp * ramp.flip(0))
+    total, weight, nats = torch.zeros(3, height, width), torch.zeros(1, height, width), 0.0
+
+    def add_up(tiles):  # N×C×32×32, a row of overlapping tiles → C×32×W
+        across = tiles.flatten(1).T[None]
+        return F.fold(across, (IMAGE_SIZE, width), IMAGE_SIZE, stride=(IMAGE_SIZE, stride))[0]
+
+    for row in progress_bar(range(rows), desc="tiles", unit="row"):
+        band = slice(row * stride, row * stride + IMAGE_SIZE)
+        tiles = padded[:, band].unfold(2, IMAGE_SIZE, stride).permute(2, 0, 1, 3)
+        mu, logvar = vae.encode(to_float(tiles.to(device)))
+        nats += kl_divergence(mu, logvar).sum().item()
+        total[:, band] += add_up(vae.decode(mu).cpu() * window)
+        weight[:, band] += add_up(window.expand(columns, 1, -1, -1))
+    made = total.div_(weight).mul_(255).round_().byte()
+    return made[:, : sides[0], : sides[1]], nats, rows * columns
+
+
+def read_latents(path, latent_dim):
+    """mu, N×latent_dim, of a file that `--latents` wrote, and names. Raises InputError for what is
+    no such file."""
+    try:
+        content = np.load(path, allow_pickle=False)
+        is_archive = not isinstance(content, np.ndarray)
+        mu = torch.from_numpy(np.asarray(content["mu"] if is_archive else content, np.float32))
+        names = [f"{i:05}" for i in range(len(mu))]
+        if is_archive and "names" in content:
+            names = [str(name) for name in content["names"]]
+    except Exception as error:  # a damaged file fails in many ways
+        raise InputError(f"{path} is not a file of latents ({error}): name another") from error
+    if mu.ndim != 2 or mu.shape[1] != latent_dim or not len(mu) or len(names) != len(mu):
+        shape = "×".join(map(str, mu.shape))
+        raise InputError(
+            f"{path} holds latents of {shape} and {len(names)} names, but the network takes "
+            f"N×{latent_dim}: name the --checkpoint that they are of"
+        )
+    if not mu.isfinite().all():
+        raise InputError(f"{path} holds NaN or infinity among its latents: write it again")
+    return mu, names
+
+
+# --- Where results go ---
+
+
+def output_paths(s, default, names=()):
+    """The files to write: OUTPUT, or `default` in outputs/; where that is a folder, a PNG in it for
+    each of the names. Raises InputError where one is there already, or cannot be written."""
+    path = s.output or HERE / "outputs" / default
+    files = [path]
+    if names and not path.suffix:
+        if any(Path(name).is_absolute() or ".." in Path(name).parts for name in names):
+            raise InputError(f"some names of pictures lead out of {path}: write one sheet instead")
+        files = [path / Path(name).with_suffix(".png") for name in names]
+        if len(set(files)) < len(files):  # a.jpg and a.png
+            files = [path / f"{name}.png" for name in names]
+    elif path.is_dir():
+        raise InputError(f"{path} is a folder: name a file with --output")
+    there = [file for file in files if file.exists()]
+    if there and not s.overwrite:
+        raise InputError(f"{there[0]} is there already: --overwrite, or another --output")
+    for folder in {file.parent for file in files}:
+        check_writable(folder)
+    return files
+
+
+def write_picture(image, path):
+    """uint8, 3×H×W → a PNG."""
+    png = io.BytesIO()
+    Image.fromarray(image.permute(1, 2, 0).numpy()).save(png, "png", compress_level=1)
+    write_bytes(path, png.getvalue())
+
+
+def draw_sheet(path, rows, title, captions=()):
+    """Ten pictures side by side, as many lines as it takes.
+
+    Args:
+        rows: pairs of a name and its pictures, N×3×32×32 in [0, 1], drawn one below the other.
+        title: of the sheet.
+        captions: of each of the last rows, N words, beneath its pictures.
+    """
+    count = len(rows[0][1])
+    starts = range(0, count, COLUMNS)
+    blank = torch.ones(-count % COLUMNS if count > COLUMNS else 0, *rows[0][1].shape[1:])
+    filled = [(name, torch.cat([pictures, blank])) for name, pictures in rows]
+    lines = [(name, pictures[i : i + COLUMNS]) for i in starts for name, pictures in filled]
+    figure, axes = image_rows(lines, title)
+    for number, line in enumerate(axes):
+        start, row = COLUMNS * (number // len(rows)), number % len(rows) - len(rows)
+        if -row <= len(captions):
+            for ax, caption in zip(line, captions[row][start : start + COLUMNS]):
+                ax.set_xlabel(caption, fontsize=7, labelpad=1)
+    save_figure(figure, path)
+
+
+# --- What can be done: each returns the files that it has written ---
+
+
+def reconstruct(s, networks, device):
+    """Pictures beside what each network makes of them."""
+    (path,) = output_paths(s, "reconstructions.png")
+    images, _ = load_pictures(s)
+    if len(images) > SHOWN:
+        print(f"{SHOWN} of {len(images):,} pictures are drawn, evenly spaced")
+        images = evenly_spaced(images, SHOWN)
+    originals = to_float(images)
+    rows, captions = [("original", originals)], []
+    for name, vae in networks.items():
+        mu, logvar = encode(vae, images, device)
+        rows.append((name, decode(vae, mu, device)))
+        mse = (rows[-1][1] - originals).square().mean((1, 2, 3))
+        nats = kl_divergence(mu, logvar).sum(1)
+        captions.append([f"{error:.4f}, {rate:.0f}" for error, rate in zip(mse, nats)])
+        print(f"{name}: MSE {mse.mean():.5f} at {nats.mean():.1f} nats, mean of {len(mse)}")
+    draw_sheet(path, rows, "numbers: MSE, pixels in [0, 1], and nats", captions)
+    return [path]
+
+
+def reconstruct_tiles(s, networks, device):
+    """Whole pictures beside what each network makes of their tiles, pixel for pixel."""
+    pictures = find_pictures(s.pictures)
+    default = "tiles.png" if len(pictures) == 1 else "tiles"
+    files = output_paths(s, default, pictures.values() if len(pictures) > 1 else ())
+    if len(files) < len(pictures):
+        raise InputError(f"{len(pictures)} pictures need a folder: --output without a suffix")
+    for picture, file in zip(pictures, files):
+        image = torch.from_numpy(np.array(read_image(picture))).permute(2, 0, 1)
+        panels = [image]
+        for name, vae in networks.items():
+            made, nats, tiles = reconstruct_in_tiles(vae, image, s.overlap, device)
+            panels.append(made)
+            error = made.float().sub_(image).square_().mean().item() / 255**2
+            print(
+                f"{picture.name}, {name}: MSE {error:.5f} at {nats / tiles:.1f} nats a tile, "
+                f"{tiles:,} tiles"
+            )
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_picture(torch.cat(panels, 2), file)
+    return files
+
+
+def write_latents(s, networks, device):
+    """The codes of pictures, in the order of their names."""
+    (path,) = output_paths(s.replace(output=s.latents), "")
+    if path.suffix not in (".npz", ".npy"):
+        raise InputError(f"--latents {path}: its name must end in .npz or .npy")
+    images, names = load_pictures(s)
+    vae = networks["student"]
+    mu, logvar = (x.half().numpy() if s.half else x.numpy() for x in encode(vae, images, device))
+    file = io.BytesIO()
+    if path.suffix == ".npy":
+        np.save(file, mu)
+    else:
+        np.savez(file, mu=mu, logvar=logvar, names=np.array(names))
+    write_bytes(path, file.getbuffer())
+    print(f"{len(mu):,} codes of {mu.shape[1]} latents, {mu.dtype}")
+    return [path]
+
+
+def decode_latents(s, networks, device):
+    """The pictures of codes, on one sheet or each in a file."""
+    vae = networks["student"]
+    mu, names = read_latents(s.decode, vae.latent_dim)
+    files = output_paths(s, "decoded.png", names)
+    if len(files) == 1 and files[0].suffix and len(mu) > SHOWN:
+        print(f"the first {SHOWN} of {len(mu):,} are drawn; --output FOLDER writes all")
+        mu = mu[:SHOWN]
+    pictures = decode(vae, mu, device)
+    if files[0] == (s.output or files[0]):
+        draw_sheet(files[0], [("", pictures)], f"decoded from {s.decode.name}")
+    else:
+        for picture, file in zip(pictures, files):
+            write_picture((255 * picture).round().byte(), file)
+    return files
+
+
+def draw_samples(s, networks, device):
+    """New pictures, decoded from z ~ N(0, I)."""
+    (path,) = output_paths(s, "new.png")
+    rows = [(name, vae.cpu().sample(s.samples, torch.Generator().manual_seed(s.seed)))
+            for name, vae in networks.items()]
+    draw_sheet(path, rows, f"decoded from z ~ N(0, I), seed {s.seed}")
+    return [path]
+
+
+def interpolate(s, networks, device):
+    """From one picture to another, along a straight line between their codes."""
+    (path,) = output_paths(s, "interpolated.png")
+    images, names = load_pictures(s)
+    if len(images) != 2:
+        raise InputError(f"--interpolate needs two pictures, got {len(images)}")
+    draw_interpolations(path, images.to(device), networks, " to ".join(names))
+    return [path]
+
+
+def find_nearest(s, networks, device):
+    """The pictures whose mu is nearest to that of the first, by Euclidean distance."""
+    (path,) = output_paths(s, "nearest.png")
+    images, names = load_pictures(s)
+    if len(images) < 2:
+        raise InputError("--nearest needs a picture and others to compare it with")
+    rows, captions = [], []
+    for name, vae in networks.items():
+        mu, _ = encode(vae, images, device)
+        distances = (mu - mu[0]).norm(dim=1)
+        distances[0] = -1  # first, whatever its copies
+        nearest = distances.argsort(stable=True)[:COLUMNS]
+        rows.append((f"{name}: the first, and\nthose nearest to it", to_float(images[nearest])))
+        captions.append(["", *(f"{distance:.1f}" for distance in distances[nearest[1:]])])
+        print(f"{name}: nearest to {names[0]} are {', '.join(names[i] for i in nearest[1:])}")
+    draw_sheet(path, rows, "numbers: distance between the codes", captions)
+    return [path]
+
+
+JOBS = {
+    "tiles": reconstruct_tiles, "latents": write_latents, "decode": decode_latents,
+    "samples": draw_samples, "interpolate": interpolate, "nearest": find_nearest,
+}
+NEED_NO_PICTURES = ("decode", "samples")
+
+
+def main(argv=()):
+    s = parse_settings(globals(), argv, words="pictures")
+    jobs = [name for name in JOBS if getattr(s, name)]
+    if len(jobs) > 1:
+        raise InputError(f"one thing at a time: --{' and --'.join(jobs)} are {len(jobs)}")
+    job = jobs[0] if jobs else "reconstruct"
+    if (job in NEED_NO_PICTURES) == bool(s.pictures):
+        raise InputError(
+            f"--{job} takes no pictures" if s.pictures else
+            "no pictures: name files or folders, or use --samples or --decode (--help)"
+        )
+    device = pick_device(s.device)
+    networks = {"student": load_model(s.checkpoint)[0].to(device)}
+    if s.teacher:
+        networks["teacher"] = load_model(s.teacher)[0].to(device)
+    for vae in networks.values():
+        vae.check_range = False  # pixels are made from uint8
+    files = JOBS.get(job, reconstruct)(s, networks, device)
+    print("\nWritten:", *files[:SHOWN], sep="\n  ")
+    if len(files) > SHOWN:
+        print(f"  and {len(files) - SHOWN:,} more")
+
+
+if __name__ == "__main__":
+    run_script(main)
