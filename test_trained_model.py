@@ -38,6 +38,7 @@ from common.models import (
     find_checkpoint,
     find_images,
     find_student,
+    load_any_teacher,
     load_model,
     weight_bytes,
 )
@@ -246,7 +247,7 @@ def load_models(settings):
         print(f"teacher  left out: there is no {teacher_path}")
         teacher_path = None
     else:
-        models = {"teacher": load_model(teacher_path)[0]} | models
+        models = {"teacher": load_any_teacher(teacher_path)[0]} | models
         print(f"teacher  {teacher_path}")
     return models, student_path, teacher_path, checkpoint
 

@@ -27,7 +27,7 @@ from common.data import IMAGE_SIZE, evenly_spaced, to_float
 from common.folders import decode_images, list_images, read_image, refuse_unreadable
 from common.losses import kl_divergence
 from common.metrics import EVALUATION_BATCH
-from common.models import load_model
+from common.models import load_any_teacher, load_model
 from common.pictures import draw_interpolations, image_rows, save_figure
 from common.runtime import InputError, pick_device, progress_bar, run_script
 from common.settings import parse_settings
@@ -355,7 +355,7 @@ def main(argv=()):
     device = pick_device(s.device)
     networks = {"student": load_model(s.checkpoint)[0].to(device)}
     if s.teacher:
-        networks["teacher"] = load_model(s.teacher)[0].to(device)
+        networks["teacher"] = load_any_teacher(s.teacher)[0].to(device)
     for vae in networks.values():
         vae.check_range = False  # pixels are made from uint8
     files = JOBS.get(job, reconstruct)(s, networks, device)

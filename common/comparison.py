@@ -15,7 +15,13 @@ from matplotlib.figure import Figure
 from common import kind
 from common.data import Split, evenly_spaced
 from common.metrics import evaluate_vae, sampled_mse, vgg_distance
-from common.models import BEST_STUDENT, count_parameters, find_checkpoint, load_model
+from common.models import (
+    BEST_STUDENT,
+    count_parameters,
+    find_checkpoint,
+    load_any_teacher,
+    load_model,
+)
 from common.runtime import InputError, describe_device, pick_device, pick_precision
 from common.settings import flag_value
 from common.sources import load_test_images, load_training_images
@@ -132,7 +138,7 @@ class Comparison:
         self.teacher, self.teacher_path = None, None
         if settings.teacher:
             self.teacher_path = find_checkpoint(settings.teacher, settings.checkpoint_dir)
-            teacher, checkpoint = load_model(self.teacher_path)
+            teacher, checkpoint = load_any_teacher(self.teacher_path)
             self.teacher = teacher.to(self.device, memory_format=torch.channels_last)
             trained_on = checkpoint.get("record", {}).get("data", trained_on)
         self.data = settings.data or trained_on

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from common import own_teacher
 from common.data import IMAGE_SHAPE
 from common.other_checkpoints import adopt
 from common.runtime import InputError, is_out_of_memory
@@ -63,6 +64,12 @@ def load_model(path, expected=None):
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(f"the weights in {path} do not fit its architecture: {reason}") from error
     return model.eval(), checkpoint
+
+
+def load_any_teacher(path):
+    """The same of a teacher, which may be any VAE: `own_teacher`."""
+    own = own_teacher.load(path)
+    return (own, {"architecture": own.architecture}) if own else load_model(path)
 
 
 def refuse_other_weights(weights, expected):

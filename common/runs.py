@@ -10,7 +10,7 @@ from torch import nn
 from common.distributed import first_process_first, rank, wait_for_all, world_size
 from common.losses import TERMS
 from common.made_images import code_statistics, training_images
-from common.models import load_model
+from common.models import load_any_teacher, load_model
 from common.recipe import (
     COMPARED,
     NOT_COMPARED,
@@ -147,7 +147,7 @@ def load_given_teacher(settings):
         with torch.device("meta"):
             shape = StandardVAE(settings.teacher_latent_dim, settings.teacher_channels).architecture
         return None, None, {"teacher_sha256": "", "teacher_architecture": shape}
-    teacher, checkpoint = load_model(settings.teacher)
+    teacher, checkpoint = load_any_teacher(settings.teacher)
     shape, trained = teacher.architecture, checkpoint.get("record", {})
     return teacher, checkpoint, {
         **{name: trained.get(name) for name in TEACHER_SETTINGS},
@@ -320,7 +320,7 @@ def load_teacher(run):
         return None, []
     if not given and not rank():  # left by a run that died as stage 1 ended
         run.checkpoint(TEACHER_STATE).unlink(missing_ok=True)
-    teacher, checkpoint = load_model(path)
+    teacher, checkpoint = load_any_teacher(path)
     record, rows = checkpoint.get("record", {}), checkpoint.get("rows", [])
     details = [f"validation MSE {rows[-1]['val_mse']:.5f}"] if rows else []
     if "device_name" in record:

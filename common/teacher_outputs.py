@@ -43,8 +43,8 @@ def check_teacher(teacher, images, path, latent_dim):
     if errors[best] < 0.5 * errors["[0, 1]"]:
         raise InputError(
             f"{path} was trained on pixels in {best}, and pixels here are in [0, 1] (MSE "
-            f"{errors['[0, 1]']:.4f}, scaled to {best} {errors[best]:.4f}): train one with "
-            "--teacher train"
+            f"{errors['[0, 1]']:.4f}, scaled to {best} {errors[best]:.4f}): scale them before its "
+            "encoder (common/own_teacher.py), or train one with --teacher train"
         )
     alive = count_active(mu["[0, 1]"])
     if alive < latent_dim:

@@ -194,7 +194,7 @@ def test_without_network_the_real_recipe_stops_at_once(tmp_path, monkeypatch):
         monkeypatch.setenv(name, "http://127.0.0.1:9")  # the discard port refuses connections
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr(urllib.request, "_opener", None)  # it keeps the proxies it began with
-    monkeypatch.setattr(data, "DATA_DIR", tmp_path)
+    monkeypatch.setattr(sources, "DATA_DIR", tmp_path)
     for flags, message in (
         (("--data", "cifar10", "--vgg", "none"), "CIFAR-10 .*could not be downl.*--data.*--demo"),
         (("--data", "dead-leaves"), "ImageNet .*could not be d.*--vgg PATH.*--vgg none.*--demo"),

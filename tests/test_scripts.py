@@ -154,7 +154,7 @@ def test_the_released_student_is_what_its_card_says(tmp_path, capsys, monkeypatc
         raise InputError("CIFAR-10 could not be downloaded")
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(data, "load_cifar10", no_network)
+    monkeypatch.setattr(sources, "load_cifar10", no_network)
     monkeypatch.setattr(models, "RELEASED", tmp_path / "checkpoints" / released.name)
     models.RELEASED.parent.mkdir()
     storage.save_checkpoint(models.RELEASED, checkpoint)
