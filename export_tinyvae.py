@@ -4,6 +4,7 @@
     python export_tinyvae.py --fp16 --int8        # half precision and INT8 beside them
     python export_tinyvae.py --int8 --executorch --int8-tolerance 0.07   # and two .pte files
     python export_tinyvae.py --web                # renew what the page in web/ shows
+    python export_tinyvae.py --hub                # safetensors and a card, for a model hub
     python export_tinyvae.py --student PATH --export-dir onnx/mine --data PATH
 
 The encoder takes an image to mu and logvar, the decoder a latent to an image; images are float32,
@@ -27,6 +28,7 @@ from PIL import Image
 
 from common import kind
 from common.data import evenly_spaced, to_float
+from common.hub import hub_files
 from common.losses import kl_divergence
 from common.metrics import encode_means, median_seconds
 from common.models import count_parameters, find_images, find_student, load_model, weight_bytes
@@ -47,6 +49,8 @@ INT8: kind.Switch = False  # INT8 too: a quarter of the bytes
 # .pte programs for phones (XNNPACK) too, of fp32 and, with --int8, of INT8
 EXECUTORCH: kind.Switch = False
 WEB: kind.Switch = False  # put the student and example images into web/ as well
+HUB: kind.Switch = False  # tinyvae.safetensors and README.md, a model card, as well
+LICENCE: kind.text() = "unknown"  # of the weights, as hubs name it: mit, apache-2.0, ...
 
 # --- Images: INT8 is calibrated on the training split, everything is measured on the test split ---
 DATA: kind.text(none=None) = None  # as in distill_tinyvae.py; None: what the student was trained on
@@ -266,6 +270,8 @@ def main(argv=()):
         require(package)
     if settings.executorch:
         require("executorch", "pip install executorch")
+    if settings.hub:
+        require("safetensors")
     torch.set_num_threads(1)  # figures are of one thread
     student_path = find_student(settings.student, settings.checkpoint_dir)
     vae, checkpoint = load_model(student_path, TinyVAE32)
@@ -301,6 +307,10 @@ def main(argv=()):
     if settings.web:
         page = web_files(vae, forms[0], test.images)
         files |= {WEB_DIR / name: content for name, content in page.items()}
+    if settings.hub:
+        about = figures[pytorch.name], len(test.images), images.record["data"], settings.licence
+        card = hub_files(vae, record, *about)
+        files |= {settings.export_dir / name: content for name, content in card.items()}
     for path, content in files.items():
         write_bytes(path, content)
     print("\nWritten:", *files, sep="\n  ")

@@ -69,6 +69,32 @@ def test_exported_files_are_the_student(tmp_path, capsys, monkeypatch):
     assert kinds.count("QuantizeLinear") == 5  # before the linear layer and the four convolutions
 
 
+def test_a_model_hub_gets_weights_and_a_card_whose_code_runs(tmp_path, monkeypatch):
+    needs_onnx()
+    safetensors = pytest.importorskip("safetensors")
+    flags = ["--hub", "--licence", "mit", "--export-dir", str(tmp_path)]
+    export_tinyvae.main([*EXPORT, *flags])
+    vae, _ = models.load_model(models.RELEASED, TinyVAE32)
+    path = tmp_path / "tinyvae.safetensors"
+    assert_same_state(models.load_model(path, TinyVAE32)[0], vae)
+    with safetensors.safe_open(path, "pt") as file:
+        about = file.metadata()
+    assert json.loads(about["architecture"]) == vae.architecture and about["licence"] == "mit"
+    card = (tmp_path / "README.md").read_text()
+    _, front, body = card.split("---\n", 2)
+    assert "license: mit\n" in front and "- dead-leaves\n" in front
+    assert "294,403 parameters" in body and "| 300 test images |" in body
+    monkeypatch.chdir(tmp_path)
+    names = {"images": random_images(2)}
+    exec(body.split("```python\n")[1].split("```")[0], names)
+    torch.testing.assert_close(names["reconstruction"], vae(names["images"])[0])
+
+
+def assert_same_state(vae, other):
+    for name, tensor in other.state_dict().items():
+        assert torch.equal(vae.state_dict()[name], tensor), name
+
+
 def test_a_form_that_is_not_the_student_is_not_written(tmp_path, monkeypatch):
     needs_onnx()
     split_vae = onnx_models.split_vae
