@@ -7,15 +7,14 @@
     python distill_tinyvae.py --teacher PATH --data none  # without photographs: it makes them all
     python distill_tinyvae.py --resume    # with its other flags: continue a run that stopped
     python distill_tinyvae.py --data PATH --vgg PATH      # your images, your VGG16 weights
-    torchrun --nproc_per_node=2 -- distill_tinyvae.py     # two GPUs share each batch
 
 Stage 1 trains the teacher for 20 epochs, stage 2 the student for 100, by five terms: two of any
-VAE, two that learn from the teacher, and one that compares features of VGG16. With --teacher none
-there is no stage 1 and no latent term, and the output term compares with the image.
+VAE, two from the teacher, and one that compares features of VGG16. With --teacher none there is no
+stage 1 and no latent term, and the output term compares with the image.
 
 Edit the settings below, or override one with the flag of the same name. Afterwards
-`python test_trained_model.py` measures on the test split. The formulas of the terms are in
-common/losses.py, the training loop is in common/training.py.
+`python test_trained_model.py` measures on the test split. Formulas: common/losses.py; the loop:
+common/training.py.
 """
 
 import time
@@ -100,6 +99,7 @@ COMPILE: kind.Switch = False  # torch.compile; on CUDA with CUDA graphs
 CHECKPOINT_DIR: kind.Folder = HERE / "checkpoints"  # folder of the .pth files
 OUTPUT_DIR: kind.Folder = HERE / "outputs"  # folder of metrics.csv, config.json and the pictures
 SAVE_EVERY: kind.Count = 10  # epochs between numbered checkpoints, which also redraw the pictures
+TENSORBOARD: kind.Switch = False  # metrics and pictures for TensorBoard too, in OUTPUT_DIR
 RESUME: kind.Switch = False  # continue the run in these folders
 OVERWRITE: kind.Switch = False  # replace the run in these folders
 DEMO: kind.Switch = False  # a small run without downloads, in folders demo/, which it replaces

@@ -1,13 +1,17 @@
 """What a run of distill_tinyvae.py prints and draws."""
 
+import functools
+
+import numpy as np
 import torch
 from matplotlib.figure import Figure
 
+from common.folders import read_image
 from common.losses import TERMS
 from common.metrics import evaluate_vae
 from common.models import count_parameters
 from common.pictures import draw_interpolations, draw_reconstructions, save_figure
-from common.runtime import print_table
+from common.runtime import print_table, require
 from common.synthetic import photo_crops
 
 PICTURES = ("training_curves.png", "reconstruction_test.png", "interpolation_test.png")
@@ -76,6 +80,25 @@ def draw(run, teacher, student, rows, when):
     sources = [] if run.record["data"] == "none" else [data]
     sources += ["pictures made by the teacher"] if run.record.get("made_images") else []
     draw_curves(curves, rows, f"Training on {' and '.join(sources)}")
+
+
+def log_epoch(run, row):
+    """A row of metrics.csv for TensorBoard, and the pictures where they were just redrawn."""
+    writer = tensorboard_writer(run.output("tensorboard"))
+    stage, epoch = row["stage"], row["epoch"]
+    for name, value in row.items():
+        if name not in ("stage", "epoch") and value is not None:
+            writer.add_scalar(f"{stage}/{name}", value, epoch)
+    if stage == "student" and epoch % run.settings.save_every == 0:
+        picture = np.array(read_image(run.output("reconstruction_test.png")))
+        writer.add_image("reconstructions", picture, epoch, dataformats="HWC")
+    writer.flush()
+
+
+@functools.cache
+def tensorboard_writer(folder):
+    tensorboard = require("torch.utils.tensorboard", "pip install tensorboard")
+    return tensorboard.SummaryWriter(folder)
 
 
 def draw_curves(path, rows, title):

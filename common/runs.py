@@ -21,8 +21,8 @@ from common.recipe import (
     TEACHER_SHAPE,
     check_recipe,
 )
-from common.report import PICTURES, draw
-from common.runtime import InputError, describe_device, pick_precision, versions
+from common.report import PICTURES, draw, log_epoch
+from common.runtime import InputError, describe_device, pick_precision, require, versions
 from common.settings import Settings
 from common.storage import (
     check_writable,
@@ -163,6 +163,8 @@ def load_given_teacher(settings):
 
 def check_settings(s, weights):
     """Raise InputError for settings that do not go together."""
+    if s.tensorboard:
+        require("torch.utils.tensorboard", "pip install tensorboard")
     if s.resume and s.overwrite:
         raise InputError("--resume keeps what --overwrite removes: give one of them")
     if (s.data is None or s.teacher_images) and s.teacher in (None, "train"):
@@ -330,6 +332,8 @@ def load_teacher(run):
 
 
 def write_metrics(run, rows):
+    if run.settings.tensorboard and rows:
+        log_epoch(run, rows[-1])
     others = [name for row in rows for name in row if name not in COLUMNS]  # of another objective
     write_csv(run.output("metrics.csv"), (*COLUMNS, *dict.fromkeys(others)), rows)
 

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import sys
 import time
 import urllib.request
 from pathlib import Path
@@ -129,6 +130,23 @@ def test_overwrite_keeps_a_teacher_of_the_same_settings(tiny_run, tmp_path, caps
     train(copy, "--overwrite", "--teacher-epochs", "1", "--epochs", "1", "--vgg", "none")
     assert "a new teacher is trained" in capsys.readouterr().out
     assert len(read_rows(copy)) == 1 + 1 + 1
+
+
+def test_tensorboard_gets_what_metrics_csv_gets(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "torch.utils.tensorboard", None)
+        with pytest.raises(InputError, match="pip install tensorboard"):
+            train(tmp_path, "--tensorboard")
+    assert not list(tmp_path.iterdir())
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    rows = train(tmp_path, "--tensorboard", "--save-every", "2")
+    log = events.EventAccumulator(str(tmp_path / "outputs" / "tensorboard")).Reload()
+    for row in rows:
+        for name in ("loss", "val_mse", "kl_nats", "learning_rate", "reconstruction_weighted"):
+            logged = {e.step: e.value for e in log.Scalars(f"{row['stage']}/{name}")}
+            if row[name]:
+                assert logged[int(row["epoch"])] == pytest.approx(float(row[name]), rel=1e-5)
+    assert [image.step for image in log.Images("reconstructions")] == [2]
 
 
 def test_overwrite_keeps_a_teacher_that_is_named_or_not_needed(
