@@ -11,6 +11,7 @@ const RUNTIME_FILES = ["ort.wasm.min.mjs", "ort-wasm-simd-threaded.mjs",
 const SIDE = 32;
 const REACH = 4; // of a latent's slider, either way
 const PATIENCE = 20; // seconds that a server may take to say whether it has a file
+const SIMD = "AGFzbQEAAAABBQFgAAF7AwIBAAoKAQgAQQD9D/1iCw=="; // a module of one vector instruction
 const TIMED = 31; // runs that a time is the mean of: a clock may tick in whole milliseconds
 
 const element = (id) => document.getElementById(id);
@@ -39,6 +40,9 @@ async function isThere(url) {
 async function loadRuntime() {
   if (typeof WebAssembly === "undefined") {
     throw new Failure("This browser has no WebAssembly, or it is turned off: use another one.");
+  }
+  if (!WebAssembly.validate(Uint8Array.from(atob(SIMD), (letter) => letter.charCodeAt(0)))) {
+    throw new Failure("This browser's WebAssembly has no SIMD: update it, or use another one.");
   }
   for (const [name, base] of RUNTIMES) {
     const there = await Promise.all(RUNTIME_FILES.map((file) => isThere(base + file)));
@@ -200,7 +204,8 @@ function open(slot, file) {
     try {
       bitmap = await createImageBitmap(file);
     } catch {
-      throw new Failure(`${file.name} is not a picture that this browser can read.`);
+      const remedy = /\.hei[cf]$/i.test(file.name) ? ": save it as JPEG" : "";
+      throw new Failure(`${file.name} is not a picture that this browser can read${remedy}.`);
     }
     const side = Math.min(bitmap.width, bitmap.height);
     try {
