@@ -1,0 +1,215 @@
+"""What can be checked of a step on a GPU without one: that nothing stays on the CPU or waits for the
+device, that it compiles without a break, that fp16's overflows are skipped, how many operations it
+takes."""
+
+import copy
+from collections import Counter
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import distill_tinyvae
+from common.losses import LatentProjection
+from common.optimizer import Muon, make_optimizers
+from common.settings import parse_settings
+from common.vgg import VGGFeatures, load_vgg16
+from standard_vae import StandardVAE
+from tests.testing import random_images, random_normal
+from tiny_vae_32 import TinyVAE32
+
+BATCH = 8
+VIEWS = ("_record_function_enter_new", "_record_function_exit", "view", "t", "transpose", "permute", "expand", "slice", "select", "detach", "unsqueeze",
+         "as_strided", "alias", "split", "split_with_sizes", "unbind", "_unsafe_view", "squeeze")
+
+
+def objective_of(stage, *flags):
+    """The objective of a stage, and what a batch brings beside its images."""
+    torch.manual_seed(0)
+    s = parse_settings(vars(distill_tinyvae), flags)
+    if stage == "teacher":
+        teacher = StandardVAE(128, (8, 8, 8, 8))
+        teacher.check_range = False
+        return distill_tinyvae.TeacherObjective(teacher, 0.01), (random_normal(BATCH, 128),)
+    student = TinyVAE32()
+    student.check_range = False
+    projection = LatentProjection(torch.zeros(128), torch.eye(128), 64) if s.teacher else None
+    vgg = VGGFeatures(load_vgg16("random")[0], torch.float32) if s.vgg != "none" else None
+    codes = random_normal(BATCH, 128)
+    objective = distill_tinyvae.StudentObjective(
+        student, distill_tinyvae.term_weights(s), s, projection, codes, vgg
+    )
+    targets = (codes, random_normal(BATCH, 3, 32, 32).half()) if s.teacher else ()
+    return objective, (random_normal(BATCH, 64), *targets)
+
+
+STAGES = {
+    "teacher": ("teacher",),
+    "student": ("student",),
+    "alone": ("student", "--teacher", "none", "--vgg", "none"),
+    "nats held": ("student", "--rate", "87"),
+}
+each_stage = pytest.mark.parametrize("stage", STAGES.values(), ids=STAGES)
+
+
+def optimizers_of(objective, stage):
+    own = list(objective.network.parameters())
+    others = [p for p in objective.parameters() if p.requires_grad and all(p is not q for q in own)]
+    return make_optimizers("adam" if stage == "teacher" else "muon", objective.network, others, 1e-3)
+
+
+def step(objective, optimizers, batch, scaler=None):
+    """One step of `fit`, without the reading of figures."""
+    terms = objective(*batch)
+    loss = sum(objective.weigh(terms).values())
+    for o in optimizers:
+        o.zero_grad()
+    (scaler.scale(loss) if scaler else loss).backward()
+    for o in optimizers:
+        scaler.step(o) if scaler else o.step()
+    if scaler:
+        scaler.update()
+    objective.after_step(terms, 9, 10)
+    return loss
+
+
+# --- Devices ---
+
+
+def on_fake_cuda(module, mode):
+    """A module with its parameters and buffers, and nothing else of it, on a GPU that only knows
+    shapes and types."""
+    for part in module.modules():
+        for tensors in (part._parameters, part._buffers):
+            for name, tensor in tensors.items():
+                if tensor is not None:
+                    fake = mode.from_tensor(tensor).detach().to("cuda")
+                    trained = isinstance(tensor, nn.Parameter)
+                    tensors[name] = nn.Parameter(fake, tensor.requires_grad) if trained else fake
+    return module
+
+
+def fake_step(objective, rest, stage, dtype):
+    objective = copy.deepcopy(objective)
+    with FakeTensorMode() as mode:
+        objective = on_fake_cuda(objective, mode)
+        batch = [mode.from_tensor(tensor).to("cuda") for tensor in (random_images(BATCH), *rest)]
+        optimizers = optimizers_of(objective, stage)
+        with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
+            terms = objective(*batch)
+        loss = sum(objective.weigh(terms).values())
+        assert loss.device.type == "cuda" and loss.dtype == torch.float32
+        for parameter in objective.parameters():  # backward needs a driver
+            parameter.grad = torch.zeros_like(parameter)
+        for o in optimizers:
+            if isinstance(o, Muon):  # Adam is PyTorch's, and fused, which cannot be faked
+                o.param_groups[0]["lr"] = torch.tensor(1e-3)
+                o.step()
+        objective.after_step(terms, 9, 10)
+
+
+@pytest.fixture
+def autocast_without_cuda(monkeypatch):
+    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
+
+
+@each_stage
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_step_on_a_gpu_leaves_nothing_on_the_cpu_and_reads_nothing_back(
+    stage, dtype, autocast_without_cuda
+):
+    fake_step(*objective_of(*stage), stage[0], dtype)
+
+
+def test_what_would_go_wrong_on_a_gpu_is_noticed(monkeypatch):
+    objective, rest = objective_of("student", "--vgg", "none")
+    kl = distill_tinyvae.kl_loss
+
+    def waits(mu, logvar):
+        return kl(mu, logvar) * (1 + 0 * mu.sum().item())
+
+    def forgets(mu, logvar):
+        return (kl(mu, logvar) * torch.ones(BATCH)).mean()
+
+    for wrong in (waits, forgets):
+        monkeypatch.setattr(distill_tinyvae, "kl_loss", wrong)
+        with pytest.raises(Exception, match=r"_local_scalar_dense|on the same device"):
+            fake_step(objective, rest, "student", torch.float32)
+
+
+# --- torch.compile ---
+
+
+@each_stage
+def test_an_objective_compiles_without_a_break(stage):
+    objective, rest = objective_of(*stage)
+    batch = random_images(BATCH), *rest
+    compiled = torch.compile(objective, fullgraph=True, backend="aot_eager")
+    losses = []
+    for module in (objective, compiled):
+        objective.zero_grad()
+        loss = sum(objective.weigh(module(*batch)).values())
+        loss.backward()
+        gradients = [p.grad.clone() for p in objective.parameters() if p.grad is not None]
+        losses.append((loss.detach(), gradients))
+    torch.testing.assert_close(*losses, rtol=1e-3, atol=1e-6)
+
+
+# --- fp16 ---
+
+
+def test_a_step_that_overflows_is_skipped_and_the_scale_halves():
+    objective, rest = objective_of("student", "--vgg", "none")
+    optimizers = optimizers_of(objective, "student")
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    batch = random_images(BATCH), *rest
+    step(objective, optimizers, batch, scaler)
+    before = {name: tensor.clone() for name, tensor in objective.network.named_parameters()}
+    broken = batch[0], batch[1].clone().fill_(torch.inf), *batch[2:]
+    step(objective, optimizers, broken, scaler)
+    assert scaler.get_scale() == 2.0**9
+    for name, tensor in objective.network.named_parameters():
+        assert torch.equal(tensor, before[name]), name
+    restored = torch.amp.GradScaler("cpu")
+    restored.load_state_dict(scaler.state_dict())  # as a resumed run does
+    objective.load_state_dict(objective.state_dict())
+    assert restored.get_scale() == 2.0**9
+    assert step(objective, optimizers, batch, restored).isfinite()
+    assert any(not torch.equal(p, before[n]) for n, p in objective.network.named_parameters())
+
+
+# --- How many operations ---
+
+
+class Count(TorchDispatchMode):
+    """Counts operations that compute something: on a GPU, about as many launches."""
+
+    def __init__(self):
+        super().__init__()
+        self.operations = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        if name not in VIEWS:
+            self.operations[name] += 1
+        return function(*args, **kwargs or {})
+
+
+def count_operations(stage):
+    objective, rest = objective_of(*stage)
+    optimizers, batch = optimizers_of(objective, stage[0]), (random_images(BATCH), *rest)
+    step(objective, optimizers, batch)  # which makes the optimisers' states
+    with Count() as count:
+        step(objective, optimizers, batch)
+    return count.operations.total()
+
+
+@pytest.mark.parametrize(
+    ("stage", "most"),
+    [(("teacher",), 113), (("student",), 926), (("student", "--vgg", "none"), 776)],
+)
+def test_a_step_takes_no_more_operations_than_docs_say(stage, most):
+    assert count_operations(stage) <= most
