@@ -209,7 +209,7 @@ def count_operations(stage):
 
 @pytest.mark.parametrize(
     ("stage", "most"),
-    [(("teacher",), 113), (("student",), 926), (("student", "--vgg", "none"), 776)],
+    [(("teacher",), 113), (("student",), 918), (("student", "--vgg", "none"), 768)],
 )
 def test_a_step_takes_no_more_operations_than_docs_say(stage, most):
     assert count_operations(stage) <= most
