@@ -46,13 +46,16 @@ def print_summary(run):
         )
     else:
         teacher = f"{record['teacher_architecture']['name']}, {s.teacher}"
-    made = ""
-    if made_images := record.get("made_images"):
-        made = f", {made_images:,} of them made by the teacher"
-        if "photographs" in record:
-            made += f" and the others {record['photographs']:,} photographs, repeated"
+    source, made = record["data"], ""
+    if source == "none":
+        source = "made by the teacher"
+    elif "made_images" in record:
+        made = (
+            f" ({record['made_images']:,} made by the teacher, the others "
+            f"{record['photographs']:,} photographs, repeated)"
+        )
     print(
-        f"images       {record['data']}: {record['train_images']:,} to train on{made}, "
+        f"images       {source}: {record['train_images']:,} to train on{made}, "
         f"{record['val_images']:,} held out\n"
         f"teacher      {teacher}\n"
         f"student      TinyVAE32, {s.epochs} epochs, from {s.start or 'random weights'}\n"

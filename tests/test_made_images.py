@@ -112,7 +112,7 @@ def test_a_student_learns_without_photographs_and_resumes_bit_for_bit(
     rows = train(tmp_path / "whole", *flags)
     assert float(rows[-1]["latent"]) > 0 and float(rows[-1]["loss"]) < float(rows[0]["loss"])
     printed = capsys.readouterr().out
-    assert "none: 70 to train on, 70 of them made by the teacher, 7 held out" in printed
+    assert "images       made by the teacher: 70 to train on, 7 held out" in printed
     train_until(1, monkeypatch, tmp_path / "cut", *flags)
     train(tmp_path / "cut", *flags, "--resume")
     assert_same_weights(tmp_path / "whole", tmp_path / "cut", "tinyvae_last.pth")
