@@ -49,7 +49,7 @@ INT8: kind.Switch = False  # INT8 too: a quarter of the bytes
 # .pte programs for phones (XNNPACK) too, of fp32 and, with --int8, of INT8
 EXECUTORCH: kind.Switch = False
 WEB: kind.Switch = False  # put the student and example images into web/ as well
-HUB: kind.Switch = False  # tinyvae.safetensors and README.md, a model card, as well
+HUB: kind.Switch = False  # hub/tinyvae.safetensors and hub/README.md, a model card, as well
 LICENCE: kind.text() = "unknown"  # of the weights, as hubs name it: mit, apache-2.0, ...
 
 # --- Images: INT8 is calibrated on the training split, everything is measured on the test split ---
@@ -280,6 +280,8 @@ def main(argv=()):
     check_writable(settings.export_dir)
     if settings.web:
         check_writable(WEB_DIR)
+    if settings.hub:
+        check_writable(settings.export_dir / "hub")
     measured = f"{len(test.images):,} of the test split to measure on"
     if settings.int8:
         calibrated = min(settings.calibration_images, len(images.train))
@@ -310,7 +312,7 @@ def main(argv=()):
     if settings.hub:
         about = figures[pytorch.name], len(test.images), images.record["data"], settings.licence
         card = hub_files(vae, record, *about)
-        files |= {settings.export_dir / name: content for name, content in card.items()}
+        files |= {settings.export_dir / "hub" / name: content for name, content in card.items()}
     for path, content in files.items():
         write_bytes(path, content)
     print("\nWritten:", *files, sep="\n  ")

@@ -373,13 +373,17 @@ def main(argv=()):
     functions = {name: reconstruction_of(model) for name, model in models.items()}
     functions[f"PCA, {settings.pca_components}"] = pca.reconstruct
     draw_colours(colours, test.images, functions, f"{title}: the most colourful images")
+    maps, picture = swap_files = [settings.output_dir / name for name in SWAP_WRITTEN]
     if swapped:
-        maps, picture = swap_files = [settings.output_dir / name for name in SWAP_WRITTEN]
-        save_checkpoint(maps, {name: vae.code_map.state_dict() for name, vae in swapped.items()})
         named = {name.replace("_to_", "'s code,\n") + "'s decoder": vae
                  for name, vae in swapped.items()}
         draw_reconstructions(picture, test.images, models | named, title)
+        linear = {name: vae.code_map.cpu().state_dict() for name, vae in swapped.items()}
+        save_checkpoint(maps, linear)
         files += swap_files
+    else:
+        for file in swap_files:  # of another student
+            file.unlink(missing_ok=True)
     print_answer(figures, pca_name, len(test.images), data)
     print("\nWritten:", *files, sep="\n  ")
 

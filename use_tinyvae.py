@@ -24,7 +24,7 @@ from PIL import Image
 
 from common import kind
 from common.data import IMAGE_SIZE, evenly_spaced, to_float
-from common.folders import decode_images, list_images, read_image, refuse_unreadable
+from common.folders import decode_images, list_images, read_image, refuse_unreadable, some_of
 from common.losses import kl_divergence
 from common.metrics import EVALUATION_BATCH
 from common.models import load_any_teacher, load_model
@@ -45,7 +45,7 @@ OVERLAP: kind.whole(0, IMAGE_SIZE // 2) = 8  # pixels of neighbouring tiles, whi
 LATENTS: kind.FileOrNone = None  # write codes into this file: .npz, or .npy for mu alone
 HALF: kind.Switch = False  # latents as float16: half the size
 DECODE: kind.FileOrNone = None  # pictures from a file of latents
-SAMPLES: kind.CountOr0 = 0  # draw so many new pictures
+SAMPLES: kind.whole(0, 1000, none=0) = 0  # draw so many new pictures
 SEED: kind.Seed = 0  # of these
 INTERPOLATE: kind.Switch = False  # from the first picture to the second
 NEAREST: kind.Switch = False  # show which of the other pictures are like the first
@@ -56,7 +56,8 @@ TEACHER: kind.FileOrNone = None  # a second network to show beside it
 DEVICE: kind.Device = "auto"  # auto (cuda, then mps, then cpu), cuda, cpu or mps
 
 # --- Files ---
-OUTPUT: kind.FileOrNone = None  # PNG, or a folder for one PNG a picture; None: in outputs/
+# a .png, or, with --tiles and --decode, a folder for one PNG a picture; None: in outputs/
+OUTPUT: kind.FileOrNone = None
 OVERWRITE: kind.Switch = False  # replace files that are there
 
 # --- Not settings ---
@@ -68,26 +69,37 @@ SHOWN = 100  # pictures in a sheet at most
 
 
 def find_pictures(paths):
-    """Files, and the files in folders, each once: path → name, relative to the folder."""
-    names = {}
+    """Files, and the files in folders, each once: path → name, relative to the folder, with the
+    folder's own name in front where there are several."""
+    names, folders = {}, sum(path.is_dir() for path in paths)
     for path in paths:
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise InputError(f"{path} is a device or a pipe, not a picture: name another")
         for file in list_images(path).paths if path.is_dir() else [path]:
-            name = str(file.relative_to(path)) if path.is_dir() else file.name
+            root = path if folders == 1 else path.parent
+            name = str(file.relative_to(root)) if path.is_dir() else file.name
             names.setdefault(file.resolve(), name)
     return names
+
+
+def leave_out_unreadable(s, names, unreadable):
+    """path → name without unreadable ones, path → reason. Raises InputError for these, unless
+    told to go on, and for a file that was named itself."""
+    named = {str(path.resolve()) for path in s.pictures if not path.is_dir()}
+    if unreadable and (not s.skip_unreadable or named & set(unreadable)):
+        refuse_unreadable(unreadable)
+    if unreadable:
+        print(f"left out {some_of(unreadable, 'that cannot be read')}")
+    return {path: name for path, name in names.items() if str(path) not in unreadable}
 
 
 def load_pictures(s):
     """uint8, N×3×32×32, and their names."""
     names = find_pictures(s.pictures)
     images, unreadable = decode_images(names, "reading")
-    if unreadable and not s.skip_unreadable:
-        refuse_unreadable(unreadable, HERE / "outputs" / "unreadable.txt")
-    names = [name for path, name in names.items() if str(path) not in unreadable]
+    names = list(leave_out_unreadable(s, names, unreadable).values())
     if not names:
         raise InputError("none of the pictures can be read")
-    if unreadable:
-        print(f"left out {len(unreadable):,} that cannot be read: {', '.join(unreadable)}")
     return images, names
 
 
@@ -165,25 +177,45 @@ def read_latents(path, latent_dim):
 # --- Where results go ---
 
 
-def output_paths(s, default, names=()):
-    """The files to write: OUTPUT, or `default` in outputs/; where that is a folder, a PNG in it for
-    each of the names. Raises InputError where one is there already, or cannot be written."""
+def output_paths(s, default, names=(), suffixes=(".png",)):
+    """The files to write: OUTPUT, or `default` in outputs/.
+
+    Args:
+        s: the settings.
+        default: a name.
+        names: of pictures that may each go to a PNG of their own, in a folder.
+        suffixes: that a file may have.
+
+    Raises InputError where a file is there already, is one that is read, or cannot be written.
+    """
     path = s.output or HERE / "outputs" / default
     files = [path]
-    if names and not path.suffix:
-        if any(Path(name).is_absolute() or ".." in Path(name).parts for name in names):
+    if names and path.suffix not in suffixes:
+        if any(not is_inside(name) for name in names):
             raise InputError(f"some names of pictures lead out of {path}: write one sheet instead")
         files = [path / Path(name).with_suffix(".png") for name in names]
         if len(set(files)) < len(files):  # a.jpg and a.png
             files = [path / f"{name}.png" for name in names]
-    elif path.is_dir():
-        raise InputError(f"{path} is a folder: name a file with --output")
+        if len(set(files)) < len(files):
+            raise InputError("some pictures have the same name: use one folder at a time")
+    elif path.suffix not in suffixes or path.is_dir():
+        raise InputError(f"{path} must be a file that ends in {' or '.join(suffixes)}")
     there = [file for file in files if file.exists()]
     if there and not s.overwrite:
-        raise InputError(f"{there[0]} is there already: --overwrite, or another --output")
+        raise InputError(f"{there[0]} is there already: --overwrite, or another name")
+    others = [path.resolve() for path in (s.decode, s.checkpoint, s.teacher) if path]
+    read = {*find_pictures(s.pictures), *others}
+    if replaced := [file for file in there if file.resolve() in read]:
+        raise InputError(f"{replaced[0]} is read and would be replaced: name another output")
     for folder in {file.parent for file in files}:
         check_writable(folder)
     return files
+
+
+def is_inside(name):
+    """Whether a name leads to a file inside the folder that it is put into."""
+    parts = Path(name).parts
+    return bool(parts) and "\0" not in name and not Path(name).is_absolute() and ".." not in parts
 
 
 def write_picture(image, path):
@@ -240,9 +272,15 @@ def reconstruct(s, networks, device):
 
 def reconstruct_tiles(s, networks, device):
     """Whole pictures beside what each network makes of their tiles, pixel for pixel."""
-    pictures = find_pictures(s.pictures)
+    pictures, unreadable = find_pictures(s.pictures), {}
+    for path in pictures:  # all, before the first is written
+        try:
+            read_image(path)
+        except InputError as error:
+            unreadable[str(path)] = str(error.__cause__)
+    pictures = leave_out_unreadable(s, pictures, unreadable)
     default = "tiles.png" if len(pictures) == 1 else "tiles"
-    files = output_paths(s, default, pictures.values() if len(pictures) > 1 else ())
+    files = output_paths(s, default, pictures.values())
     if len(files) < len(pictures):
         raise InputError(f"{len(pictures)} pictures need a folder: --output without a suffix")
     for picture, file in zip(pictures, files):
@@ -263,9 +301,7 @@ def reconstruct_tiles(s, networks, device):
 
 def write_latents(s, networks, device):
     """The codes of pictures, in the order of their names."""
-    (path,) = output_paths(s.replace(output=s.latents), "")
-    if path.suffix not in (".npz", ".npy"):
-        raise InputError(f"--latents {path}: its name must end in .npz or .npy")
+    (path,) = output_paths(s.replace(output=s.latents), "", suffixes=(".npz", ".npy"))
     images, names = load_pictures(s)
     vae = networks["student"]
     mu, logvar = (x.half().numpy() if s.half else x.numpy() for x in encode(vae, images, device))
@@ -284,11 +320,12 @@ def decode_latents(s, networks, device):
     vae = networks["student"]
     mu, names = read_latents(s.decode, vae.latent_dim)
     files = output_paths(s, "decoded.png", names)
-    if len(files) == 1 and files[0].suffix and len(mu) > SHOWN:
+    one_sheet = not s.output or s.output.suffix == ".png"
+    if one_sheet and len(mu) > SHOWN:
         print(f"the first {SHOWN} of {len(mu):,} are drawn; --output FOLDER writes all")
         mu = mu[:SHOWN]
     pictures = decode(vae, mu, device)
-    if files[0] == (s.output or files[0]):
+    if one_sheet:
         draw_sheet(files[0], [("", pictures)], f"decoded from {s.decode.name}")
     else:
         for picture, file in zip(pictures, files):
@@ -299,8 +336,11 @@ def decode_latents(s, networks, device):
 def draw_samples(s, networks, device):
     """New pictures, decoded from z ~ N(0, I)."""
     (path,) = output_paths(s, "new.png")
-    rows = [(name, vae.cpu().sample(s.samples, torch.Generator().manual_seed(s.seed)))
-            for name, vae in networks.items()]
+    rows = []
+    for name, vae in networks.items():
+        generator = torch.Generator().manual_seed(s.seed)
+        z = torch.randn(s.samples, vae.latent_dim, generator=generator)
+        rows.append((name, decode(vae, z, device)))
     draw_sheet(path, rows, f"decoded from z ~ N(0, I), seed {s.seed}")
     return [path]
 

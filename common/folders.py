@@ -1,5 +1,6 @@
 """A folder of images: which files are taken, which of them are for testing, and decoding them."""
 
+import contextlib
 import functools
 import hashlib
 import os
@@ -14,12 +15,13 @@ from common.data import IMAGE_SIZE, Split
 from common.runtime import InputError, import_torchvision, is_out_of_memory, progress_bar
 from common.storage import check_writable, load_checkpoint, save_checkpoint, write_bytes
 
-TEST_FOLDERS = ("test", "val", "valid", "validation")  # the first that is there, beside train/
+TRAIN_FOLDERS = ("train", "training")
+TEST_FOLDERS = ("test", "testing", "val", "valid", "validation")  # the first that is there
 TEST_SEED = 1  # of the images that are held out for testing where there is no such folder
 # Made by systems and programs, often with copies of pictures in them; so is what starts with a dot.
 SYSTEM_NAMES = {"__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
 # Pillow knows these formats by name, but cannot decode them without another program.
-NOT_DECODED = {"BUFR", "EPS", "FITS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}
+NOT_DECODED = {"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}
 NAMED = 10  # files that a message names
 DECODER = 2  # one more when the same file gives other pixels: then nothing cached earlier is used
 
@@ -27,7 +29,7 @@ DECODER = 2  # one more when the same file gives other pixels: then nothing cach
 class Listing(NamedTuple):
     paths: list[Path]  # of images, sorted
     others: list[Path]  # files that Pillow does not open, sorted
-    hidden: int         # hidden files, and folders of systems, with all that is in them
+    hidden: int         # hidden files, and folders of systems, each counted as one
 
 
 def load_folder(root, split, cache_dir, skip_unreadable=False):
@@ -60,23 +62,27 @@ def load_folder(root, split, cache_dir, skip_unreadable=False):
     kept = (order[:count] if split == "test" else order[count:]).sort().values
     if split == "train":
         print(
-            f"{root} has no folder test/ (or val/) beside train/: {count:,} of {len(order):,} "
-            "images, always the same, are held out for testing"
+            f"{root} has no test/ (or val/): {count:,} of its {len(order):,} images, always the "
+            "same, are held out for testing"
         )
     return Split(*(None if x is None else x[kept] for x in images)), source | record
 
 
 def find_folders(root):
-    """The folders of the training and the test images; for the latter None where there is none."""
-    below = {path.name.lower(): path for path in sorted(root.iterdir()) if path.is_dir()}
+    """The folders of the training and the test images; for the latter None where there is none.
+    Says what else is there, and not read."""
+    there = [path for path in sorted(root.iterdir()) if not is_hidden(path.name)]
+    below = {path.name.lower(): path for path in there if path.is_dir()}
+    trains = [below[name] for name in TRAIN_FOLDERS if name in below]
     tests = [below[name] for name in TEST_FOLDERS if name in below]
-    if "train" not in below:
+    if not trains:
         if tests:
             raise InputError(f"{root} has {tests[0].name}/, but no train/: put the images there")
         return root, None
-    for unused in tests[1:]:
-        print(f"{unused} is not read: validation images are held out of {below['train']}")
-    return below["train"], tests[0] if tests else None
+    used = {trains[0], *tests[:1]}
+    if unused := [path for path in there if path not in used]:
+        print(f"{root}: not read: {some_of(unused, 'beside ' + trains[0].name)}")
+    return trains[0], tests[0] if tests else None
 
 
 def load_images(train_folder, cache_dir, skip_unreadable, folder):
@@ -92,6 +98,7 @@ def load_images(train_folder, cache_dir, skip_unreadable, folder):
     cached = read_cache(cache, contents, folder)
     if cached is None:
         images, unreadable = decode_images(listing.paths, f"decoding {folder}")
+        unreadable = {str(Path(path).relative_to(folder)): why for path, why in unreadable.items()}
         cached = {"contents": contents, "images": images, "unreadable": unreadable}
         try:
             check_writable(cache_dir)
@@ -99,10 +106,10 @@ def load_images(train_folder, cache_dir, skip_unreadable, folder):
             print(f"Decoded images cached in {cache}")
         except InputError as error:
             print(f"Not cached, so the next run decodes {folder} again: {error}")
-    unreadable = cached["unreadable"]
+    unreadable = {str(folder / name): reason for name, reason in cached["unreadable"].items()}
     record = {
         "files_left_out": len(listing.others), "hidden_files": listing.hidden,
-        "unreadable_files": list(unreadable),
+        "unreadable_files": list(cached["unreadable"]),
     }
     if unreadable and not skip_unreadable:
         refuse_unreadable(unreadable, cache.with_suffix(".unreadable.txt"))
@@ -130,18 +137,19 @@ def read_cache(cache, contents, folder):
     return None
 
 
-def refuse_unreadable(unreadable, listed):
+def refuse_unreadable(unreadable, listed=None):
     """Raise InputError that names the first of some unreadable files, path → reason, after writing
-    the paths of all to the file `listed`."""
+    the paths of all to the file `listed`, if one is given and can be written."""
     first = "".join(f"\n  {path}: {reason}" for path, reason in list(unreadable.items())[:NAMED])
-    where = f"; all are listed in {listed}"
-    try:
-        write_bytes(listed, "".join(f"{path}\n" for path in unreadable).encode())
-    except InputError:
-        where = ""
+    where = ""
+    if listed:
+        with contextlib.suppress(InputError):
+            write_bytes(listed, "".join(f"{path}\n" for path in unreadable).encode())
+            where = f"; all are listed in {listed}"
     raise InputError(
-        f"{len(unreadable):,} images cannot be read: replace or remove them, or go on "
-        f"without them with --skip-unreadable{where}{first}"
+        f"images that cannot be read, {len(unreadable):,} of them: replace or remove them; "
+        "distill_tinyvae.py, test_trained_model.py and use_tinyvae.py go on without those in "
+        f"folders with --skip-unreadable{where}{first}"
     )
 
 
@@ -220,7 +228,8 @@ def to_rgb(image):
     """An image of any of PIL's modes in RGB, 8 bits a channel."""
     if image.mode.startswith(("I", "F")):  # PIL would cut off what is above 255
         pixels = np.asarray(image)
-        if image.mode == "F" or pixels.min() < 0 or pixels.max() > 65535:
+        is_8_bits = image.mode == "I" and pixels.max() <= 255
+        if image.mode == "F" or pixels.min() < 0 or pixels.max() > 65535 or is_8_bits:
             raise ValueError(f"pixels of an unknown range: PIL's mode {image.mode}")
         image = Image.fromarray((pixels / 257).round().astype(np.uint8))  # 16 bits
     if image.has_transparency_data:

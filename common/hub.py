@@ -8,14 +8,8 @@ from common.models import count_parameters
 CARD = """---
 license: {licence}
 library_name: pytorch
-tags:
-- vae
-- image-compression
-- knowledge-distillation
-datasets:
-- {dataset}
-metrics:
-- mse
+tags: [vae, image-compression, knowledge-distillation]
+{datasets}metrics: [mse]
 ---
 
 # {name}, {latents} latents
@@ -29,7 +23,7 @@ becomes {latents} numbers, and these an image again.
 | MSE of pixels in [0, 1], decoded from the mean | {mse:.5f} |
 | KL of an image from the prior | {nats:.1f} nats |
 
-Trained on {trained_on} by {epochs} epochs with {teacher}.
+{training}
 
 ```python
 from safetensors.torch import load_file
@@ -60,17 +54,22 @@ def hub_files(vae, record, figures, test_images, data, licence):
     """
     from safetensors.torch import save
 
-    trained_on = record.get("data", "images that are not recorded")
-    made = record.get("made_images")
-    if made:
-        trained_on = f"{record['train_images']:,} pictures, {made:,} of them made by its teacher"
+    trained_on = Path(str(record.get("data", "unknown images"))).name  # without the user's folders
+    training, datasets = "How it was trained is not recorded.", ""
+    if record:
+        training = f"Trained for {record['epochs']} epochs on {record['train_images']:,} images"
+        if trained_on != "none":
+            training += f" of {trained_on}"
+            datasets = f"datasets: [{json.dumps(trained_on)}]\n"
+        if made := record.get("made_images"):
+            training += f", {made:,} of them made by its teacher"
+        training += "."
     architecture = dict(vae.architecture)
     name = architecture.pop("name")
     card = CARD.format(
-        licence=licence, dataset=Path(data).name, name=name, latents=vae.latent_dim,
-        parameters=count_parameters(vae), images=test_images, data=data, mse=figures["mse"],
-        nats=figures["kl_nats"], trained_on=trained_on, epochs=record.get("epochs", "some"),
-        teacher="a teacher" if record.get("with_teacher") else "no teacher",
+        licence=json.dumps(licence), datasets=datasets, name=name, latents=vae.latent_dim,
+        parameters=count_parameters(vae), images=test_images, data=Path(data).name,
+        mse=figures["mse"], nats=figures["kl_nats"], training=training,
         arguments=", ".join(f"{key}={value}" for key, value in architecture.items()),
     )
     metadata = {

@@ -236,10 +236,11 @@ class SwappedVAE(nn.Module):
     """One VAE's encoder and another's decoder: an image may be encoded by a student on a device,
     and decoded by its teacher elsewhere.
 
+    `code_map` is the linear map from the encoder's mu to the decoder's, by least squares.
+
     Args:
         encoder, decoder: the VAEs, in evaluation mode.
-        images: uint8; `code_map`, linear, from the encoder's mu to the decoder's is fitted to them
-            by least squares.
+        images: uint8, that the map is fitted to.
     """
 
     def __init__(self, encoder, decoder, images):

@@ -68,7 +68,14 @@ def load_model(path, expected=None):
 
 def load_any_teacher(path):
     """The same of a teacher, which may be any VAE: `own_teacher`."""
-    own = own_teacher.load(path)
+    try:
+        own = own_teacher.load(path)
+    except InputError:
+        raise
+    except Exception as error:  # the code is the user's
+        raise InputError(
+            f"common/own_teacher.py could not build a teacher from {path} ({error})"
+        ) from error
     return (own, {"architecture": own.architecture}) if own else load_model(path)
 
 
@@ -125,12 +132,14 @@ def find_images(data, limit, student_path, record, skip_unreadable=False):
     the pictures name them.
 
     Args:
-        data: a source of data.py, or None for the student's own.
+        data: a source of sources.py, or None for the student's own.
         limit: of the training images; 0: as many as the student saw, or all of `data`.
         student_path: the student's file.
         record: what it says of its training.
-        skip_unreadable: leave out images of a folder that cannot be read.
+        skip_unreadable: leave out images of a folder that cannot be read, as the student's training
+            may have done.
     """
+    skip_unreadable = skip_unreadable or record.get("skip_unreadable", False)
     if data is not None:
         sources = [(data, limit)]
     elif "data" not in record:

@@ -26,8 +26,10 @@ def adopt(checkpoint, expected=None):
         if expected in (None, architecture["name"]):
             networks.append((where, {"architecture": architecture, "model": weights}))
     if len(networks) != 1:
-        names = ", ".join(where or "without prefix" for where, _ in networks) or "none"
-        raise ValueError(f"one network of {expected or 'ours'} is needed, and it holds {names}")
+        if not networks:
+            raise ValueError(f"there is no {expected or 'network'} in it")
+        names = ", ".join(where for where, _ in networks)
+        raise ValueError(f"it holds several networks, {names}: save one of them alone")
     return networks[0][1], networks[0][0]
 
 
@@ -41,7 +43,7 @@ def find_weights(checkpoint, where=""):
             prefix = key.removesuffix("fc_mu.weight")
             yield where + prefix, {
                 name.removeprefix(prefix): tensor for name, tensor in checkpoint.items()
-                if isinstance(tensor, torch.Tensor) and name.startswith(prefix)
+                if isinstance(tensor, torch.Tensor) and str(name).startswith(prefix)
             }
 
 

@@ -13,7 +13,8 @@ LOGIT_EPSILON = 1e-3  # pixels end this far from 0 and 1, where logits would be 
 
 
 def load(path):
-    """The teacher of `--teacher PATH`, as an OwnTeacher; None for a checkpoint of this project."""
+    """The teacher of `--teacher PATH`, as an OwnTeacher; None for a checkpoint of this project,
+    such as the teacher that stage 1 trains."""
     # --- Your teacher: build it from `path`, and return OwnTeacher(network, encode, decode) ---
     return None
 
@@ -39,8 +40,8 @@ class OwnTeacher(nn.Module):
         with torch.no_grad():
             mu, _ = self.encode(ends.to(device))
             self.latent_dim = mu.shape[1]
-            shown = attempt("decode", self.their_decode, mu.unflatten(1, self.shape))
             self.decode(mu)
+            shown = attempt("decode", self.their_decode, mu.unflatten(1, self.shape))
         low, high = shown.min().item(), shown.max().item()
         if not (low > -0.5 and high < 1.5):  # also true of NaN; a little beyond is clamped
             refuse("decode", f"returns pixels in [{low:.3g}, {high:.3g}], not in [0, 1]")
@@ -62,9 +63,10 @@ class OwnTeacher(nn.Module):
 
     def decode(self, z):
         images = attempt("decode", self.their_decode, z.unflatten(1, self.shape))
-        shape = getattr(images, "shape", type(images).__name__)
-        if shape != (len(z), *IMAGE_SHAPE):
-            refuse("decode", f"returns {shape}, not N×3×32×32")
+        is_tensor = isinstance(images, torch.Tensor)
+        if not is_tensor or images.shape != (len(z), *IMAGE_SHAPE):
+            what = tuple(images.shape) if is_tensor else f"a {type(images).__name__}"
+            refuse("decode", f"returns {what}, not a tensor N×3×32×32")
         return images.clamp(0, 1)
 
     def decode_logits(self, z):

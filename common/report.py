@@ -1,7 +1,5 @@
 """What a run of distill_tinyvae.py prints and draws."""
 
-import functools
-
 import numpy as np
 import torch
 from matplotlib.figure import Figure
@@ -14,6 +12,7 @@ from common.pictures import draw_interpolations, draw_reconstructions, save_figu
 from common.runtime import print_table, require
 from common.synthetic import photo_crops
 
+TENSORBOARD = "tensorboard"  # a folder in that of the outputs
 PICTURES = ("training_curves.png", "reconstruction_test.png", "interpolation_test.png")
 
 
@@ -87,21 +86,27 @@ def draw(run, teacher, student, rows, when):
 
 def log_epoch(run, row):
     """A row of metrics.csv for TensorBoard, and the pictures where they were just redrawn."""
-    writer = tensorboard_writer(run.output("tensorboard"))
     stage, epoch = row["stage"], row["epoch"]
+    writer = tensorboard_writer(run.output(TENSORBOARD) / stage, epoch)
     for name, value in row.items():
         if name not in ("stage", "epoch") and value is not None:
-            writer.add_scalar(f"{stage}/{name}", value, epoch)
+            writer.add_scalar(name, value, epoch)
     if stage == "student" and epoch % run.settings.save_every == 0:
         picture = np.array(read_image(run.output("reconstruction_test.png")))
         writer.add_image("reconstructions", picture, epoch, dataformats="HWC")
     writer.flush()
 
 
-@functools.cache
-def tensorboard_writer(folder):
-    tensorboard = require("torch.utils.tensorboard", "pip install tensorboard")
-    return tensorboard.SummaryWriter(folder)
+WRITERS = {}  # of TensorBoard, by folder
+
+
+def tensorboard_writer(folder, epoch):
+    """A folder's writer. The first of a process replaces what is there from this epoch on: a run
+    that resumes writes its last epoch again."""
+    if folder not in WRITERS:
+        tensorboard = require("torch.utils.tensorboard", "pip install tensorboard")
+        WRITERS[folder] = tensorboard.SummaryWriter(folder, purge_step=epoch)
+    return WRITERS[folder]
 
 
 def draw_curves(path, rows, title):

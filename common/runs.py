@@ -1,6 +1,7 @@
 """A run of distill_tinyvae.py: what it loads, what it refuses, and the files that it writes."""
 
 import contextlib
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from common.recipe import (
     TEACHER_SHAPE,
     check_recipe,
 )
-from common.report import PICTURES, draw, log_epoch
+from common.report import PICTURES, TENSORBOARD, draw, log_epoch
 from common.runtime import InputError, describe_device, pick_precision, require, versions
 from common.settings import Settings
 from common.storage import (
@@ -273,6 +274,7 @@ def remove_earlier_run(run):
     """Remove what --overwrite and --demo replace. A teacher of the same settings stays."""
     for path in find_files(run.settings, RUN_FILES + EVALUATION_FILES):
         path.unlink()
+    shutil.rmtree(run.output(TENSORBOARD), ignore_errors=True)
     teacher = run.checkpoint(TEACHER)
     if not (run.trains_teacher and teacher.exists()):
         return

@@ -109,7 +109,7 @@ def parse_settings(script, argv=(), preset=None, words=None):
         groups[section].add_argument(
             flag, help=f"{comment} {default}".strip().replace("%", "%%"), **options
         )
-    flags = vars(parser.parse_args(argv))
+    flags = vars(parser.parse_intermixed_args(argv) if words else parser.parse_args(argv))
     if words:
         try:
             flags[words] = kinds[words.upper()].check(flags.get(words) or script[words.upper()])

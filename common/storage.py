@@ -139,7 +139,7 @@ def fingerprint(module):
     """The same for the same weights: the start of a hash over a module's state dict."""
     digest = hashlib.sha256()
     for tensor in module.state_dict().values():
-        digest.update(tensor.cpu().numpy().tobytes())
+        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

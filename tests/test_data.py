@@ -156,14 +156,15 @@ def test_unusable_folders_are_refused(data_dir):
         link.unlink()
     broken = train / "000.png"
     broken.write_bytes(broken.read_bytes()[:200])
-    refused(r"1 images cannot be read: replace or remove them, or .*\n  .*000\.png: ")
+    refused(r"cannot be read, 1 of them: replace or remove them; .*\n  .*000\.png: ")
     (data_dir / "photos" / "cifar-10-batches-py").mkdir()
     refused(r"CIFAR-10 is incomplete or damaged in .*photos .* unpack cifar-10")
 
 
 @pytest.mark.parametrize(
     ("train", "test"),
-    [("train", "test"), ("train", "Valid"), ("train", None), ("train/cats", None),
+    [("train", "test"), ("train", "Valid"), ("training", "testing"), ("train", None),
+     ("train/cats", None),
      ("cats", None), ("", None)],
 )
 def test_each_layout_of_folders_has_a_training_and_a_test_split(data_dir, train, test, capsys):
@@ -180,11 +181,11 @@ def test_each_layout_of_folders_has_a_training_and_a_test_split(data_dir, train,
     assert len(tested) == 4
     assert torch.equal(tested, sources.load_test_images(str(folder)).images)
     assert (images.labels is None) == ("cats" not in train)
-    said = "4 of 40 images, always the same, are held out for testing"
+    said = "4 of its 40 images, always the same, are held out for testing"
     assert (said in capsys.readouterr().out) == (test is None)
-    where = folder / test if test else f"a tenth of {folder / train.partition('/')[0]}"
-    assert test or images.record["test_split"].startswith("a tenth of")
-    assert not test or images.record["test_split"] == str(where)
+    where = folder / train.partition("/")[0] if train.startswith("train") else folder
+    expected = str(folder / test) if test else f"a tenth of {where}"
+    assert images.record["test_split"] == expected
 
 
 def test_an_archive_and_a_second_test_folder_are_mentioned(data_dir, capsys):
@@ -193,7 +194,7 @@ def test_an_archive_and_a_second_test_folder_are_mentioned(data_dir, capsys):
         write_images(folder / name, 10)
     sources.load_training_images(str(folder))
     printed = capsys.readouterr().out
-    assert f"{folder / 'val'} is not read" in printed
+    assert f"{folder}: not read: 1 beside train (val)" in printed
     # The same ten in both: the test split is of copies.
     find_images(str(folder), 0, folder, {})
     assert "Warning: 10 of the test images are copies of some" in capsys.readouterr().out
@@ -237,7 +238,7 @@ def test_all_unreadable_images_are_named_at_once_and_can_be_left_out(data_dir, m
     empty.write_bytes(b"")
     page.write_text("<html>not found</html>")
     for _ in range(2):  # from the files, then from the cache
-        with pytest.raises(InputError, match=r"^3 images .*\.unreadable\.txt\n") as refusal:
+        with pytest.raises(InputError, match=r"read, 3 of .*\.unreadable\.txt\n") as refusal:
             sources.load_training_images(str(folder))
         assert all(f"\n  {path}: " in str(refusal.value) for path in (cut, empty, page))
         monkeypatch.setattr(folders, "decode_images", None)
@@ -247,7 +248,11 @@ def test_all_unreadable_images_are_named_at_once_and_can_be_left_out(data_dir, m
     left = torch.cat([images.train, images.val])[:, 0, 0, 0].tolist()
     assert sorted(left) == [i for i in range(20) if i not in (3, 8, 19)]
     assert len(images.labels) == len(images.train)
-    assert images.record["unreadable_files"] == [str(cut), str(empty), str(page)]
+    names = [str(path.relative_to(folder / "train")) for path in (cut, empty, page)]
+    assert images.record["unreadable_files"] == names
+    monkeypatch.chdir(data_dir)  # the same folder under another name: from the cache
+    again = sources.load_training_images("photos", skip_unreadable=True)
+    assert torch.equal(again.train, images.train) and torch.equal(again.labels, images.labels)
     assert "3 that cannot be read (003.png, 008.png, 019.png)" in capsys.readouterr().out
 
 

@@ -75,16 +75,17 @@ def test_a_model_hub_gets_weights_and_a_card_whose_code_runs(tmp_path, monkeypat
     flags = ["--hub", "--licence", "mit", "--export-dir", str(tmp_path)]
     export_tinyvae.main([*EXPORT, *flags])
     vae, _ = models.load_model(models.RELEASED, TinyVAE32)
-    path = tmp_path / "tinyvae.safetensors"
+    path = tmp_path / "hub" / "tinyvae.safetensors"
     assert_same_state(models.load_model(path, TinyVAE32)[0], vae)
     with safetensors.safe_open(path, "pt") as file:
         about = file.metadata()
     assert json.loads(about["architecture"]) == vae.architecture and about["licence"] == "mit"
-    card = (tmp_path / "README.md").read_text()
+    card = path.with_name("README.md").read_text()
     _, front, body = card.split("---\n", 2)
-    assert "license: mit\n" in front and "- dead-leaves\n" in front
+    assert 'license: "mit"\n' in front and 'datasets: ["cifar10-jpeg"]\n' in front
     assert "294,403 parameters" in body and "| 300 test images |" in body
-    monkeypatch.chdir(tmp_path)
+    assert "Trained for 100 epochs on 45,000 images of cifar10-jpeg." in body
+    monkeypatch.chdir(path.parent)
     names = {"images": random_images(2)}
     exec(body.split("```python\n")[1].split("```")[0], names)
     torch.testing.assert_close(names["reconstruction"], vae(names["images"])[0])

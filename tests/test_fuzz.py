@@ -142,6 +142,7 @@ def test_images_of_all_modes_and_sizes_become_rgb(tmp_path, mode, size):
     ("image", "message"),
     [(("F", (32, 32), 0.5), r"pixels of an unknown range: PIL's mode F\): replace"),
      (("I", (32, 32), 70_000), r"pixels of an unknown range: PIL's mode I\): replace"),
+     (("I", (32, 32), 200), r"pixels of an unknown range: PIL's mode I\): replace"),
      (("1", (20_000, 20_000)), r"could not read the image .*decompression bomb")],
 )
 def test_images_that_would_be_read_wrong(image, message, tmp_path):

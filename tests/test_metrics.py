@@ -1,5 +1,4 @@
-"""Figures, and the files that keep them: metrics, baselines, checkpoints, tables."""
-
+"""Figures: metrics, baselines, tables."""
 
 import pytest
 import torch

@@ -5,9 +5,10 @@ import torch
 from torch import nn
 
 import test_trained_model
-from common import own_teacher, storage
+from common import models, own_teacher, storage
 from common.own_teacher import OwnTeacher
 from common.runtime import InputError
+from common.teacher_outputs import check_teacher
 from tests.testing import folders, train
 
 
@@ -54,6 +55,29 @@ def test_a_student_learns_from_a_foreign_module(tmp_path, monkeypatch, capsys, w
     assert "| teacher" in capsys.readouterr().out
 
 
+def test_a_teacher_that_cannot_be_built_ends_in_a_sentence(monkeypatch):
+    def load(path):
+        raise OSError("no such model")
+
+    monkeypatch.setattr(own_teacher, "load", load)
+    with pytest.raises(InputError, match=r"could not build a teacher from theirs \(no such model"):
+        models.load_any_teacher("theirs")
+
+
+def test_an_encoder_that_checks_the_range_of_pixels_is_taken(capsys):
+    def strict(images):
+        if not (images.min() >= 0 and images.max() <= 1):
+            raise ValueError("pixel values must lie in [0, 1]")
+        return fine(images)
+
+    teacher = OwnTeacher(nn.Identity(), strict, grey)
+    check_teacher(teacher, random_uint8(8), "theirs", 0)
+
+
+def random_uint8(count):
+    return torch.randint(256, (count, 3, 32, 32), dtype=torch.uint8)
+
+
 def test_a_code_that_is_a_map_is_flattened_and_comes_back():
     network = Theirs()
     teacher = OwnTeacher(network, encode(network), decode(network))
@@ -83,8 +107,9 @@ def grey(z):
         (lambda x: (fine(x)[0], x), grey, "mu and logvar of different shapes"),
         (lambda x: (fine(x)[0], fine(x)[0] / 0), grey, "logvar with NaN or infinity"),
         (lambda x: x @ x[0, 0, :5], grey, r"encode does not take \(2, 3, 32, 32\) \("),
-        (fine, lambda z: z, r"decode returns torch\.Size\(\[2, 70\]\), not N×3×32×32"),
-        (fine, lambda z: {"sample": z}, "decode returns dict, not N×3×32×32"),
+        (fine, lambda z: z, r"decode returns \(2, 70\), not a tensor N×3×32×32"),
+        (fine, lambda z: {"sample": z}, "decode returns a dict, not a tensor N×3"),
+        (fine, lambda z: grey(z).numpy(), "decode returns a ndarray, not a tensor"),
         (fine, lambda z: 2 * grey(z) - 2, r"pixels in \[-1, -1\], not in \[0, 1\]"),
         (fine, lambda z: grey(z) / 0 * 0, "pixels in .nan, nan., not"),
     ],

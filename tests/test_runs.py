@@ -140,13 +140,23 @@ def test_tensorboard_gets_what_metrics_csv_gets(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     rows = train(tmp_path, "--tensorboard", "--save-every", "2")
-    log = events.EventAccumulator(str(tmp_path / "outputs" / "tensorboard")).Reload()
-    for row in rows:
+    folder = tmp_path / "outputs" / "tensorboard"
+
+    def logged(stage):
+        return events.EventAccumulator(str(folder / stage)).Reload()
+
+    report.WRITERS.clear()  # as in another process, which writes the last epoch again
+    train(tmp_path, "--tensorboard", "--save-every", "2", "--resume")
+    for stage in ("teacher", "student"):
+        own = [row for row in rows if row["stage"] == stage]
         for name in ("loss", "val_mse", "kl_nats", "learning_rate", "reconstruction_weighted"):
-            logged = {e.step: e.value for e in log.Scalars(f"{row['stage']}/{name}")}
-            if row[name]:
-                assert logged[int(row["epoch"])] == pytest.approx(float(row[name]), rel=1e-5)
-    assert [image.step for image in log.Images("reconstructions")] == [2]
+            points = logged(stage).Scalars(name)
+            assert [point.step for point in points] == [int(row["epoch"]) for row in own]
+            values = [float(row[name]) for row in own]
+            assert [point.value for point in points] == pytest.approx(values, rel=1e-5)
+    assert [image.step for image in logged("student").Images("reconstructions")] == [2]
+    train(tmp_path, "--overwrite", "--epochs", "1")
+    assert not folder.exists()
 
 
 def test_overwrite_keeps_a_teacher_that_is_named_or_not_needed(

@@ -99,6 +99,15 @@ def test_whole_pictures_go_through_tiles(pictures, tmp_path):
     assert (np.asarray(Image.open(tmp_path / "all" / "000.png")) == one).all()
     with pytest.raises(InputError, match="7 pictures need a folder: --output without a suffix"):
         use(pictures, "--tiles", "--output", tmp_path / "two.png")
+    write_images(tmp_path / "others", 2)  # of the same names
+    use(pictures, "--tiles", tmp_path / "others", "--output", tmp_path / "both")
+    assert len(list((tmp_path / "both").rglob("*.png"))) == 9
+    (pictures / "more" / "006.png").write_bytes(b"")
+    with pytest.raises(InputError, match="cannot be read, 1 of them"):
+        use(pictures, "--tiles", "--output", tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+    use(pictures, "--tiles", "--output", tmp_path / "six", "--skip-unreadable")
+    assert len(list((tmp_path / "six").rglob("*.png"))) == 6
 
 
 def test_codes_are_written_in_order_and_decoded_again(pictures, tmp_path, capsys):
@@ -142,19 +151,23 @@ def test_samples_interpolation_and_neighbours(pictures, tmp_path, capsys):
         ((), "no pictures: name files or folders"),
         (("--samples", "3", "."), "--samples takes no pictures"),
         (("--samples", "3", "--decode", "codes.npz"), "at a time: --decode and --samples are 2"),
-        (("nowhere.jpg",), r"1 images cannot be read: .*\n  .*nowhere\.jpg: .*No such file"),
+        (("nowhere.jpg",), r"cannot be read, 1 of them: .*\n  .*nowhere\.jpg: .*No such file"),
+        (("a.png", "broken.png", "--skip-unreadable"), r"cannot be read, 1 of them"),
         (("empty",), "empty holds no images that Pillow opens"),
-        (("a.png", "broken.png"), r"1 images cannot be read: .*\n  .*broken\.png: "),
+        (("a.png", "broken.png"), r"cannot be read, 1 of them: .*\n  .*broken\.png: "),
         (("a.png", "--output", "there.png"), r"there\.png is there already: --overwrite, or ano"),
-        (("a.png", "--output", "empty"), "empty is a folder: name a file"),
+        (("a.png", "--output", "empty"), r"empty must be a file that ends in \.png"),
+        (("a.png", "--output", "out.jpg"), r"out\.jpg must be a file that ends in \.png"),
+        (("a.png", "--output", "a.png", "--overwrite"), "a.png is read and would be replaced"),
         (("a.png", "--output", "a.png/out.png"), "could not make the folder a.png"),
-        (("a.png", "--latents", "codes.txt"), r"must end in \.npz or \.npy"),
+        (("a.png", "--latents", "codes.txt"), r"must be a file that ends in \.npz or \.npy"),
         (("--interpolate", "a.png"), "--interpolate needs two pictures, got 1"),
         (("--nearest", "a.png"), "--nearest needs a picture and others"),
         (("--decode", "a.png"), r"a\.png is not a file of latents"),
         (("--decode", "wide.npz"), r"wide\.npz holds latents of 2×65 and 2 names, but .* N×64"),
         (("--decode", "nan.npz"), r"nan\.npz holds NaN or infinity"),
         (("--decode", "out.npz", "--output", "new"), "some names of pictures lead out of new"),
+        (("--decode", "same.npz", "--output", "new"), "some pictures have the same name"),
     ],
 )
 def test_what_cannot_work_is_refused_in_a_sentence(words, message, tmp_path, monkeypatch):
@@ -168,18 +181,16 @@ def test_what_cannot_work_is_refused_in_a_sentence(words, message, tmp_path, mon
     np.savez("wide.npz", mu=np.zeros((2, 65)))
     np.savez("nan.npz", mu=np.full((2, 64), np.nan))
     np.savez("out.npz", mu=np.zeros((1, 64)), names=["../../a"])
+    np.savez("same.npz", mu=np.zeros((2, 64)), names=["a", "a"])
     (tmp_path / "outputs").mkdir()
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(InputError, match=message):
         use(*words)
-    listed = tmp_path / "outputs" / "unreadable.txt"
-    assert [path for path in sorted(tmp_path.rglob("*")) if path != listed] == before
-    if "cannot be read" not in message:
-        assert not listed.exists()
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_unreadable_pictures_are_left_out_where_told_to(pictures, tmp_path, capsys):
     (pictures / "001.png").write_bytes(b"")
     use(pictures, "--latents", tmp_path / "codes.npz", "--skip-unreadable")
     assert np.load(tmp_path / "codes.npz")["names"].tolist() == [NAMES[0], *NAMES[2:]]
-    assert "left out 1 that cannot be read" in capsys.readouterr().out
+    assert "left out 1 that cannot be read (001.png)" in capsys.readouterr().out
