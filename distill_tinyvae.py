@@ -47,7 +47,7 @@ from tiny_vae_32 import TinyVAE32
 HERE = Path(__file__).resolve().parent
 
 # --- Images ---
-# or photo-crops, dead-leaves, a folder with train/ and test/; None: all are made by the teacher
+# cifar10, a folder of images, photo-crops or dead-leaves; None: all are made by the teacher
 DATA: kind.text(none=None) = "cifar10"
 LIMIT: kind.CountOr0 = 0  # use the first N training images; 0 uses all
 TEACHER_IMAGES: kind.Fraction = 0.0  # of the training pictures, made by the teacher

@@ -3,7 +3,7 @@
     python use_tinyvae.py photo.jpg pictures/          # what it makes of them, side by side
     python use_tinyvae.py photo.jpg --tiles            # the whole photograph, in 32×32 tiles
     python use_tinyvae.py pictures/ --latents codes.npz     # mu, logvar, names
-    python use_tinyvae.py --decode codes.npz           # and back: a sheet, or a folder of PNGs
+    python use_tinyvae.py --decode codes.npz --output folder    # and back, a PNG for each
     python use_tinyvae.py --samples 64                 # new pictures, from the prior
     python use_tinyvae.py --interpolate a.jpg b.jpg    # from one picture to another
     python use_tinyvae.py --nearest a.jpg pictures/    # those with the nearest codes
@@ -31,7 +31,8 @@ from common.models import load_any_teacher, load_model
 from common.pictures import draw_interpolations, image_rows, save_figure
 from common.runtime import InputError, pick_device, progress_bar, run_script
 from common.settings import parse_settings
-from common.storage import check_writable, write_bytes
+from common.storage import check_writable, fingerprint, write_bytes
+from tiny_vae_32 import TinyVAE32
 
 HERE = Path(__file__).resolve().parent
 
@@ -73,7 +74,9 @@ def find_pictures(paths):
     folder's own name in front where there are several."""
     names, folders = {}, sum(path.is_dir() for path in paths)
     for path in paths:
-        if path.exists() and not path.is_file() and not path.is_dir():
+        if not path.exists():
+            raise InputError(f"there is no file or folder {path}: correct its name")
+        if not path.is_file() and not path.is_dir():
             raise InputError(f"{path} is a device or a pipe, not a picture: name another")
         for file in list_images(path).paths if path.is_dir() else [path]:
             root = path if folders == 1 else path.parent
@@ -151,9 +154,9 @@ def reconstruct_in_tiles(vae, image, overlap, device):
     return made[:, : sides[0], : sides[1]], nats, rows * columns
 
 
-def read_latents(path, latent_dim):
-    """mu, N×latent_dim, of a file that `--latents` wrote, and names. Raises InputError for what is
-    no such file."""
+def read_latents(path, vae):
+    """mu, N×latents, of a file that `--latents` wrote, and names. Raises InputError for what is no
+    such file, or not of this student."""
     try:
         content = np.load(path, allow_pickle=False)
         is_archive = not isinstance(content, np.ndarray)
@@ -161,13 +164,15 @@ def read_latents(path, latent_dim):
         names = [f"{i:05}" for i in range(len(mu))]
         if is_archive and "names" in content:
             names = [str(name) for name in content["names"]]
+        if is_archive and content.get("student", fingerprint(vae)) != fingerprint(vae):
+            print(f"Warning: {path} holds codes of another student than --checkpoint")
     except Exception as error:  # a damaged file fails in many ways
-        raise InputError(f"{path} is not a file of latents ({error}): name another") from error
-    if mu.ndim != 2 or mu.shape[1] != latent_dim or not len(mu) or len(names) != len(mu):
+        raise InputError(f"{path} is not a file of latents: name another") from error
+    if mu.ndim != 2 or mu.shape[1] != vae.latent_dim or not len(mu) or len(names) != len(mu):
         shape = "×".join(map(str, mu.shape))
         raise InputError(
             f"{path} holds latents of {shape} and {len(names)} names, but the network takes "
-            f"N×{latent_dim}: name the --checkpoint that they are of"
+            f"N×{vae.latent_dim}: name the --checkpoint that they are of"
         )
     if not mu.isfinite().all():
         raise InputError(f"{path} holds NaN or infinity among its latents: write it again")
@@ -188,6 +193,8 @@ def output_paths(s, default, names=(), suffixes=(".png",)):
 
     Raises InputError where a file is there already, is one that is read, or cannot be written.
     """
+    others = [path.resolve() for path in (s.decode, s.checkpoint, s.teacher) if path]
+    read = {*find_pictures(s.pictures), *others}
     path = s.output or HERE / "outputs" / default
     files = [path]
     if names and path.suffix not in suffixes:
@@ -202,9 +209,9 @@ def output_paths(s, default, names=(), suffixes=(".png",)):
         raise InputError(f"{path} must be a file that ends in {' or '.join(suffixes)}")
     there = [file for file in files if file.exists()]
     if there and not s.overwrite:
-        raise InputError(f"{there[0]} is there already: --overwrite, or another name")
-    others = [path.resolve() for path in (s.decode, s.checkpoint, s.teacher) if path]
-    read = {*find_pictures(s.pictures), *others}
+        raise InputError(
+            f"{there[0]} is there already: --overwrite replaces it, another --output keeps it"
+        )
     if replaced := [file for file in there if file.resolve() in read]:
         raise InputError(f"{replaced[0]} is read and would be replaced: name another output")
     for folder in {file.parent for file in files}:
@@ -309,7 +316,7 @@ def write_latents(s, networks, device):
     if path.suffix == ".npy":
         np.save(file, mu)
     else:
-        np.savez(file, mu=mu, logvar=logvar, names=np.array(names))
+        np.savez(file, mu=mu, logvar=logvar, names=np.array(names), student=fingerprint(vae))
     write_bytes(path, file.getbuffer())
     print(f"{len(mu):,} codes of {mu.shape[1]} latents, {mu.dtype}")
     return [path]
@@ -318,7 +325,7 @@ def write_latents(s, networks, device):
 def decode_latents(s, networks, device):
     """The pictures of codes, on one sheet or each in a file."""
     vae = networks["student"]
-    mu, names = read_latents(s.decode, vae.latent_dim)
+    mu, names = read_latents(s.decode, vae)
     files = output_paths(s, "decoded.png", names)
     one_sheet = not s.output or s.output.suffix == ".png"
     if one_sheet and len(mu) > SHOWN:
@@ -348,9 +355,9 @@ def draw_samples(s, networks, device):
 def interpolate(s, networks, device):
     """From one picture to another, along a straight line between their codes."""
     (path,) = output_paths(s, "interpolated.png")
+    if (count := len(find_pictures(s.pictures))) != 2:
+        raise InputError(f"--interpolate needs two pictures, got {count}")
     images, names = load_pictures(s)
-    if len(images) != 2:
-        raise InputError(f"--interpolate needs two pictures, got {len(images)}")
     draw_interpolations(path, images.to(device), networks, " to ".join(names))
     return [path]
 
@@ -358,9 +365,9 @@ def interpolate(s, networks, device):
 def find_nearest(s, networks, device):
     """The pictures whose mu is nearest to that of the first, by Euclidean distance."""
     (path,) = output_paths(s, "nearest.png")
-    images, names = load_pictures(s)
-    if len(images) < 2:
+    if len(find_pictures(s.pictures)) < 2:
         raise InputError("--nearest needs a picture and others to compare it with")
+    images, names = load_pictures(s)
     rows, captions = [], []
     for name, vae in networks.items():
         mu, _ = encode(vae, images, device)
@@ -393,7 +400,7 @@ def main(argv=()):
             "no pictures: name files or folders, or use --samples or --decode (--help)"
         )
     device = pick_device(s.device)
-    networks = {"student": load_model(s.checkpoint)[0].to(device)}
+    networks = {"student": load_model(s.checkpoint, TinyVAE32)[0].to(device)}
     if s.teacher:
         networks["teacher"] = load_any_teacher(s.teacher)[0].to(device)
     for vae in networks.values():

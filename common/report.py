@@ -12,6 +12,7 @@ from common.pictures import draw_interpolations, draw_reconstructions, save_figu
 from common.runtime import print_table, require
 from common.synthetic import photo_crops
 
+FEW_IMAGES = 10_000  # with fewer, pictures made by the teacher help: docs/results.md
 TENSORBOARD = "tensorboard"  # a folder in that of the outputs
 PICTURES = ("training_curves.png", "reconstruction_test.png", "interpolation_test.png")
 
@@ -67,6 +68,11 @@ def print_summary(run):
         f"checkpoints  {s.checkpoint_dir}\n"
         f"outputs      {s.output_dir}\n"
     )
+    if source != "made by the teacher" and not s.teacher_images and len(run.images) < FEW_IMAGES:
+        print(
+            f"{len(run.images):,} images are few: --teacher checkpoints/teacher_cifar10.pth "
+            "--teacher-images 0.9 adds pictures that the teacher makes (docs/results.md)\n"
+        )
 
 
 def draw(run, teacher, student, rows, when):

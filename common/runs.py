@@ -326,16 +326,18 @@ def load_teacher(run):
         run.checkpoint(TEACHER_STATE).unlink(missing_ok=True)
     teacher, checkpoint = load_any_teacher(path)
     record, rows = checkpoint.get("record", {}), checkpoint.get("rows", [])
-    details = [f"validation MSE {rows[-1]['val_mse']:.5f}"] if rows else []
+    details = [f"MSE {rows[-1]['val_mse']:.5f} on its own validation images"] if rows else []
     if "device_name" in record:
         details += [f"trained in {record['precision']} on {record['device_name']}"]
     print(f"Stage 1 skipped: the teacher is {path}" + f" ({', '.join(details)})" * bool(details))
     return teacher.to(run.device, memory_format=torch.channels_last), rows
 
 
-def write_metrics(run, rows):
+def write_metrics(run, rows, earlier=()):
+    """Write the rows of a stage, after those of the earlier one."""
     if run.settings.tensorboard and rows:
         log_epoch(run, rows[-1])
+    rows = [*earlier, *rows]
     others = [name for row in rows for name in row if name not in COLUMNS]  # of another objective
     write_csv(run.output("metrics.csv"), (*COLUMNS, *dict.fromkeys(others)), rows)
 
@@ -378,7 +380,7 @@ def save_student(run, state, student, teacher, teacher_rows):
             save_checkpoint(run.checkpoint(NUMBERED.format(epoch)), weights_only)
             draw(run, teacher, student.eval(), teacher_rows + rows, f"epoch {epoch}")
     save_checkpoint(run.checkpoint(STUDENT_STATE), state)
-    write_metrics(run, teacher_rows + rows)
+    write_metrics(run, rows, teacher_rows)
 
 
 def best_student(run):

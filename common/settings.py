@@ -9,6 +9,7 @@ takes the help text from the comment, beside or above the constant.
 
 import argparse
 import ast
+import difflib
 import re
 import tokenize
 from pathlib import Path
@@ -20,6 +21,10 @@ from common.runtime import InputError
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         """One line, without the usage."""
+        unknown = re.search(r"unrecognized arguments: (--[^\s=]+)", message)
+        known = [flag for action in self._actions for flag in action.option_strings]
+        if near := unknown and difflib.get_close_matches(unknown[1].replace("_", "-"), known, 1):
+            message += f": is {near[0]} meant?"
         self.exit(2, f"error: {message} (--help lists all flags)\n")
 
 

@@ -115,8 +115,8 @@ def load_split(source, split, skip_unreadable=False):
         raise InputError(f"{source} is a file: if it is an archive, unpack it and name the folder")
     if not folder.is_dir():
         raise InputError(
-            f"there is no folder {source}: --data takes cifar10, photo-crops, dead-leaves, or the "
-            "path of a folder of images"
+            f"there is no folder {source}: --data takes cifar10, the path of a folder of images, "
+            "photo-crops, dead-leaves, or none"
         )
     if (folder / CIFAR10_FOLDER).is_dir():
         return load_cifar10(folder, split, download=False), {}

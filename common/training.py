@@ -59,6 +59,8 @@ def fit(objective, run, name, epochs, optimizer, learning_rate, targets=(), resu
     order = torch.Generator().manual_seed(s.seed)  # of the images
     parts = {"optimizers": optimizers, "scaler": [scaler]}
     rows = restore(resume_from, objective, parts, order, device) if resume_from else []
+    if len(rows) == epochs:
+        print(f"The {name} is trained already, for all {epochs} epochs: nothing is left to do")
     yield save_state(name, objective, parts, order, device, rows)
 
     trained = data_parallel(objective, device)

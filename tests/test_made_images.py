@@ -136,6 +136,13 @@ def test_a_teacher_that_says_nothing_of_its_codes_is_measured_or_warned_of(
     assert "drawn from N(0, I)" in capsys.readouterr().out
 
 
+def test_few_images_are_told_what_helps(tiny_run, tmp_path, capsys, without_pictures):
+    advice = "70 images are few: --teacher checkpoints/teacher_cifar10.pth --teacher-images 0.9"
+    assert advice in tiny_run[1]
+    train(tmp_path, *teacher_of(tiny_run[0]), "--data", "none", "--epochs", "1")
+    assert "are few" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "flags",
     [("--data", "none"), ("--data", "none", "--teacher", "none"), ("--teacher-images", "0.5")],

@@ -132,7 +132,7 @@ def test_overwrite_keeps_a_teacher_of_the_same_settings(tiny_run, tmp_path, caps
     assert len(read_rows(copy)) == 1 + 1 + 1
 
 
-def test_tensorboard_gets_what_metrics_csv_gets(tmp_path, monkeypatch):
+def test_tensorboard_gets_what_metrics_csv_gets(tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "torch.utils.tensorboard", None)
         with pytest.raises(InputError, match="pip install tensorboard"):
@@ -147,6 +147,7 @@ def test_tensorboard_gets_what_metrics_csv_gets(tmp_path, monkeypatch):
 
     report.WRITERS.clear()  # as in another process, which writes the last epoch again
     train(tmp_path, "--tensorboard", "--save-every", "2", "--resume")
+    assert "student is trained already, for all 3 epochs" in capsys.readouterr().out
     for stage in ("teacher", "student"):
         own = [row for row in rows if row["stage"] == stage]
         for name in ("loss", "val_mse", "kl_nats", "learning_rate", "reconstruction_weighted"):

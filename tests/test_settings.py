@@ -310,6 +310,16 @@ def test_bad_settings_end_a_script_before_any_work(epochs, flag, code, tmp_path,
     assert (stop.value.code, list(tmp_path.iterdir())) == (code, [])
 
 
+def test_a_mistyped_flag_gets_a_suggestion(capsys):
+    for word, meant in (("--epoch=3", "--epochs"), ("--batch_size=3", "--batch-size")):
+        with pytest.raises(SystemExit):
+            parse_settings(load()[0], [word])
+        assert f"is {meant} meant?" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        parse_settings(load()[0], ["--zzz"])
+    assert "meant" not in capsys.readouterr().err
+
+
 def test_main_called_in_a_notebook_takes_the_constants(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["ipykernel_launcher.py", "-f", "kernel.json"])
     assert parse_settings(load()[0]).as_dict() == parse_settings(load()[0], []).as_dict()

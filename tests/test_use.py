@@ -25,6 +25,7 @@ def pictures(tmp_path):
     return tmp_path / "pictures"
 
 
+TEACHER = models.RELEASED.with_name("teacher_cifar10.pth")
 NAMES = ["000.png", "001.png", "002.png", "003.png", "004.png", "more/005.png", "more/006.png"]
 
 
@@ -126,6 +127,10 @@ def test_codes_are_written_in_order_and_decoded_again(pictures, tmp_path, capsys
         pixels = (255 * released().decode(z[None]))[0].detach().permute(1, 2, 0)
         written = np.asarray(Image.open(tmp_path / "decoded" / name))
         assert np.abs(written - pixels.numpy()).max() < 1
+    assert "Warning" not in capsys.readouterr().out
+    np.savez(tmp_path / "other.npz", mu=mu, names=NAMES, student="another")
+    use("--decode", tmp_path / "other.npz", "--output", tmp_path / "other.png")
+    assert "holds codes of another student" in capsys.readouterr().out
     use("--decode", tmp_path / "codes.npy", "--output", tmp_path / "sheet.png")
     assert (tmp_path / "sheet.png").exists()
 
@@ -151,11 +156,12 @@ def test_samples_interpolation_and_neighbours(pictures, tmp_path, capsys):
         ((), "no pictures: name files or folders"),
         (("--samples", "3", "."), "--samples takes no pictures"),
         (("--samples", "3", "--decode", "codes.npz"), "at a time: --decode and --samples are 2"),
-        (("nowhere.jpg",), r"cannot be read, 1 of them: .*\n  .*nowhere\.jpg: .*No such file"),
+        (("nowhere.jpg",), r"there is no file or folder nowhere\.jpg"),
+        (("a.png", "--checkpoint", TEACHER), "holds a StandardVAE, but a TinyVAE32 is needed"),
         (("a.png", "broken.png", "--skip-unreadable"), r"cannot be read, 1 of them"),
         (("empty",), "empty holds no images that Pillow opens"),
         (("a.png", "broken.png"), r"cannot be read, 1 of them: .*\n  .*broken\.png: "),
-        (("a.png", "--output", "there.png"), r"there\.png is there already: --overwrite, or ano"),
+        (("a.png", "--output", "there.png"), r"there\.png is there already: --overwrite rep"),
         (("a.png", "--output", "empty"), r"empty must be a file that ends in \.png"),
         (("a.png", "--output", "out.jpg"), r"out\.jpg must be a file that ends in \.png"),
         (("a.png", "--output", "a.png", "--overwrite"), "a.png is read and would be replaced"),
