@@ -231,9 +231,11 @@ def test_every_format_is_read_and_what_is_no_picture_is_left_out(data_dir, capsy
 
 def test_all_unreadable_images_are_named_at_once_and_can_be_left_out(data_dir, monkeypatch, capsys):
     folder = data_dir / "photos"
-    write_images(folder / "train" / "cats", 20)
+    write_images(folder / "train" / "cats", 10)
+    write_images(folder / "train" / "dogs", 10, first=10)
     write_images(folder / "test", 2, first=90)
-    cut, empty, page = (folder / "train" / "cats" / f"{i:03}.png" for i in (3, 8, 19))
+    cut, empty = (folder / "train" / "cats" / f"{i:03}.png" for i in (3, 8))
+    page = folder / "train" / "dogs" / "019.png"
     cut.write_bytes(cut.read_bytes()[:-25])
     empty.write_bytes(b"")
     page.write_text("<html>not found</html>")
@@ -247,7 +249,8 @@ def test_all_unreadable_images_are_named_at_once_and_can_be_left_out(data_dir, m
     images = sources.load_training_images(str(folder), skip_unreadable=True)
     left = torch.cat([images.train, images.val])[:, 0, 0, 0].tolist()
     assert sorted(left) == [i for i in range(20) if i not in (3, 8, 19)]
-    assert len(images.labels) == len(images.train)
+    classes = torch.cat([images.labels, images.val_labels]).tolist()
+    assert classes == [int(number >= 10) for number in left]
     names = [str(path.relative_to(folder / "train")) for path in (cut, empty, page)]
     assert images.record["unreadable_files"] == names
     monkeypatch.chdir(data_dir)  # the same folder under another name: from the cache
