@@ -22,8 +22,9 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         """One line, without the usage."""
         unknown = re.search(r"unrecognized arguments: (--[^\s=]+)", message)
+        word = unknown[1].replace("_", "-") if unknown else ""
         known = [flag for action in self._actions for flag in action.option_strings]
-        if near := unknown and difflib.get_close_matches(unknown[1].replace("_", "-"), known, 1):
+        if near := difflib.get_close_matches(word, known, 1, 0.8):
             message += f": is {near[0]} meant?"
         self.exit(2, f"error: {message} (--help lists all flags)\n")
 
