@@ -8,6 +8,7 @@ import test_trained_model
 from common import models, own_teacher, storage
 from common.own_teacher import OwnTeacher
 from common.runtime import InputError
+from common.settings import parse_settings
 from common.teacher_outputs import check_teacher
 from tests.testing import folders, train
 
@@ -51,8 +52,9 @@ def test_a_student_learns_from_a_foreign_module(tmp_path, monkeypatch, capsys, w
     train(tmp_path, "--teacher", "theirs", "--resume")  # the same teacher
     (tmp_path / "theirs").touch()
     monkeypatch.chdir(tmp_path)
-    test_trained_model.main([*folders(tmp_path), "--device", "cpu"])
-    assert "| teacher" in capsys.readouterr().out
+    settings = parse_settings(vars(test_trained_model), folders(tmp_path))
+    evaluated, *_ = test_trained_model.load_models(settings)
+    assert isinstance(evaluated["teacher"], OwnTeacher)
 
 
 def test_a_teacher_that_cannot_be_built_ends_in_a_sentence(monkeypatch):
