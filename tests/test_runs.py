@@ -424,9 +424,9 @@ def test_ctrl_c_ends_in_a_sentence(tmp_path):
     # What a shell starts in the background ignores the signal, and so does what that starts.
     listen = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     flags = (*TINY, *folders(tmp_path), *ALONE, "--epochs", "1000")  # not over before the signal
-    process = start(*flags, preexec_fn=listen)
-    while not (tmp_path / "outputs" / "metrics.csv").exists() and process.poll() is None:
-        time.sleep(0.01)
+    process, metrics = start(*flags, preexec_fn=listen), tmp_path / "outputs" / "metrics.csv"
+    while process.poll() is None and not (metrics.exists() and "student,1," in metrics.read_text()):
+        time.sleep(0.01)  # in the first epoch it may hit tqdm as it starts its bar
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 130, output
