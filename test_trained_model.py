@@ -178,9 +178,10 @@ def code_row(name, figures):
 def swap_decoders(teacher, student, train):
     """The two with each other's decoder, and maps fitted to some of the training images."""
     some = evenly_spaced(train.images, SWAP_IMAGES)
+    teacher_mu, student_mu = encode_means(teacher, some), encode_means(student, some)
     return {
-        "teacher_to_student": SwappedVAE(teacher, student, some),
-        "student_to_teacher": SwappedVAE(student, teacher, some),
+        "teacher_to_student": SwappedVAE(teacher, student, teacher_mu, student_mu),
+        "student_to_teacher": SwappedVAE(student, teacher, student_mu, teacher_mu),
     }
 
 

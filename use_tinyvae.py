@@ -96,11 +96,10 @@ def leave_out_unreadable(s, names, unreadable):
     return {path: name for path, name in names.items() if str(path) not in unreadable}
 
 
-def load_pictures(s):
+def load_pictures(s, pictures):
     """uint8, N×3×32×32, and their names."""
-    names = find_pictures(s.pictures)
-    images, unreadable = decode_images(names, "reading")
-    names = list(leave_out_unreadable(s, names, unreadable).values())
+    images, unreadable = decode_images(pictures, "reading")
+    names = list(leave_out_unreadable(s, pictures, unreadable).values())
     if not names:
         raise InputError("none of the pictures can be read")
     return images, names
@@ -164,7 +163,8 @@ def read_latents(path, vae):
         names = [f"{i:05}" for i in range(len(mu))]
         if is_archive and "names" in content:
             names = [str(name) for name in content["names"]]
-        if is_archive and content.get("student", fingerprint(vae)) != fingerprint(vae):
+        own = fingerprint(vae)
+        if is_archive and content.get("student", own) != own:
             print(f"Warning: {path} holds codes of another student than --checkpoint")
     except Exception as error:  # a damaged file fails in many ways
         raise InputError(f"{path} is not a file of latents: name another") from error
@@ -182,11 +182,12 @@ def read_latents(path, vae):
 # --- Where results go ---
 
 
-def output_paths(s, default, names=(), suffixes=(".png",)):
+def output_paths(s, pictures, default, names=(), suffixes=(".png",)):
     """The files to write: OUTPUT, or `default` in outputs/.
 
     Args:
         s: the settings.
+        pictures: those of `find_pictures`.
         default: a name.
         names: of pictures that may each go to a PNG of their own, in a folder.
         suffixes: that a file may have.
@@ -194,7 +195,7 @@ def output_paths(s, default, names=(), suffixes=(".png",)):
     Raises InputError where a file is there already, is one that is read, or cannot be written.
     """
     others = [path.resolve() for path in (s.decode, s.checkpoint, s.teacher) if path]
-    read = {*find_pictures(s.pictures), *others}
+    read = {*pictures, *others}
     path = s.output or HERE / "outputs" / default
     files = [path]
     if names and path.suffix not in suffixes:
@@ -257,10 +258,10 @@ def draw_sheet(path, rows, title, captions=()):
 # --- What can be done: each returns the files that it has written ---
 
 
-def reconstruct(s, networks, device):
+def reconstruct(s, pictures, networks, device):
     """Pictures beside what each network makes of them."""
-    (path,) = output_paths(s, "reconstructions.png")
-    images, _ = load_pictures(s)
+    (path,) = output_paths(s, pictures, "reconstructions.png")
+    images, _ = load_pictures(s, pictures)
     if len(images) > SHOWN:
         print(f"{SHOWN} of {len(images):,} pictures are drawn, evenly spaced")
         images = evenly_spaced(images, SHOWN)
@@ -277,9 +278,9 @@ def reconstruct(s, networks, device):
     return [path]
 
 
-def reconstruct_tiles(s, networks, device):
+def reconstruct_tiles(s, pictures, networks, device):
     """Whole pictures beside what each network makes of their tiles, pixel for pixel."""
-    pictures, unreadable = find_pictures(s.pictures), {}
+    unreadable = {}
     for path in pictures:  # all, before the first is written
         try:
             read_image(path)
@@ -287,7 +288,7 @@ def reconstruct_tiles(s, networks, device):
             unreadable[str(path)] = str(error.__cause__)
     pictures = leave_out_unreadable(s, pictures, unreadable)
     default = "tiles.png" if len(pictures) == 1 else "tiles"
-    files = output_paths(s, default, pictures.values())
+    files = output_paths(s, pictures, default, pictures.values())
     if len(files) < len(pictures):
         raise InputError(f"{len(pictures)} pictures need a folder: --output without a suffix")
     for picture, file in zip(pictures, files):
@@ -306,10 +307,10 @@ def reconstruct_tiles(s, networks, device):
     return files
 
 
-def write_latents(s, networks, device):
+def write_latents(s, pictures, networks, device):
     """The codes of pictures, in the order of their names."""
-    (path,) = output_paths(s.replace(output=s.latents), "", suffixes=(".npz", ".npy"))
-    images, names = load_pictures(s)
+    (path,) = output_paths(s.replace(output=s.latents), pictures, "", suffixes=(".npz", ".npy"))
+    images, names = load_pictures(s, pictures)
     vae = networks["student"]
     mu, logvar = (x.half().numpy() if s.half else x.numpy() for x in encode(vae, images, device))
     file = io.BytesIO()
@@ -322,27 +323,27 @@ def write_latents(s, networks, device):
     return [path]
 
 
-def decode_latents(s, networks, device):
+def decode_latents(s, pictures, networks, device):
     """The pictures of codes, on one sheet or each in a file."""
     vae = networks["student"]
     mu, names = read_latents(s.decode, vae)
-    files = output_paths(s, "decoded.png", names)
+    files = output_paths(s, pictures, "decoded.png", names)
     one_sheet = not s.output or s.output.suffix == ".png"
     if one_sheet and len(mu) > SHOWN:
         print(f"the first {SHOWN} of {len(mu):,} are drawn; --output FOLDER writes all")
         mu = mu[:SHOWN]
-    pictures = decode(vae, mu, device)
+    decoded = decode(vae, mu, device)
     if one_sheet:
-        draw_sheet(files[0], [("", pictures)], f"decoded from {s.decode.name}")
+        draw_sheet(files[0], [("", decoded)], f"decoded from {s.decode.name}")
     else:
-        for picture, file in zip(pictures, files):
+        for picture, file in zip(decoded, files):
             write_picture((255 * picture).round().byte(), file)
     return files
 
 
-def draw_samples(s, networks, device):
+def draw_samples(s, pictures, networks, device):
     """New pictures, decoded from z ~ N(0, I)."""
-    (path,) = output_paths(s, "new.png")
+    (path,) = output_paths(s, pictures, "new.png")
     rows = []
     for name, vae in networks.items():
         generator = torch.Generator().manual_seed(s.seed)
@@ -352,22 +353,22 @@ def draw_samples(s, networks, device):
     return [path]
 
 
-def interpolate(s, networks, device):
+def interpolate(s, pictures, networks, device):
     """From one picture to another, along a straight line between their codes."""
-    (path,) = output_paths(s, "interpolated.png")
-    if (count := len(find_pictures(s.pictures))) != 2:
-        raise InputError(f"--interpolate needs two pictures, got {count}")
-    images, names = load_pictures(s)
+    (path,) = output_paths(s, pictures, "interpolated.png")
+    if len(pictures) != 2:
+        raise InputError(f"--interpolate needs two pictures, got {len(pictures)}")
+    images, names = load_pictures(s, pictures)
     draw_interpolations(path, images.to(device), networks, " to ".join(names))
     return [path]
 
 
-def find_nearest(s, networks, device):
+def find_nearest(s, pictures, networks, device):
     """The pictures whose mu is nearest to that of the first, by Euclidean distance."""
-    (path,) = output_paths(s, "nearest.png")
-    if len(find_pictures(s.pictures)) < 2:
+    (path,) = output_paths(s, pictures, "nearest.png")
+    if len(pictures) < 2:
         raise InputError("--nearest needs a picture and others to compare it with")
-    images, names = load_pictures(s)
+    images, names = load_pictures(s, pictures)
     rows, captions = [], []
     for name, vae in networks.items():
         mu, _ = encode(vae, images, device)
@@ -399,13 +400,14 @@ def main(argv=()):
             f"--{job} takes no pictures" if s.pictures else
             "no pictures: name files or folders, or use --samples or --decode (--help)"
         )
+    pictures = find_pictures(s.pictures)
     device = pick_device(s.device)
     networks = {"student": load_model(s.checkpoint, TinyVAE32)[0].to(device)}
     if s.teacher:
         networks["teacher"] = load_any_teacher(s.teacher)[0].to(device)
     for vae in networks.values():
         vae.check_range = False  # pixels are made from uint8
-    files = JOBS.get(job, reconstruct)(s, networks, device)
+    files = JOBS.get(job, reconstruct)(s, pictures, networks, device)
     print("\nWritten:", *files[:SHOWN], sep="\n  ")
     if len(files) > SHOWN:
         print(f"  and {len(files) - SHOWN:,} more")

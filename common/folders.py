@@ -53,7 +53,8 @@ def load_folder(root, split, cache_dir, skip_unreadable=False):
     load = functools.partial(load_images, train_folder, cache_dir, skip_unreadable)
     source = {"test_split": str(test_folder or f"a tenth of {train_folder}")}
     if test_folder:
-        list_images(test_folder)  # an empty one shows before the training
+        if split == "train":
+            list_images(test_folder)  # an empty one shows before the training
         images, record = load(test_folder if split == "test" else train_folder)
         return images, source | record
     images, record = load(train_folder)

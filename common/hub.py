@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from common.models import count_parameters
+from common.onnx_models import PORTS
 
 CARD = """---
 license: {licence}
@@ -75,7 +76,7 @@ def hub_files(vae, record, figures, test_images, data, licence):
     metadata = {
         "format": "pt",
         "architecture": json.dumps(vae.architecture),
-        "images": "float32, N×3×32×32, RGB, in [0, 1]",
+        "images": PORTS["image"],
         "trained_on": trained_on,
         "licence": licence,
     }

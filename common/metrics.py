@@ -240,13 +240,13 @@ class SwappedVAE(nn.Module):
 
     Args:
         encoder, decoder: the VAEs, in evaluation mode.
-        images: uint8, that the map is fitted to.
+        encoder_mu, decoder_mu: of the same images, that the map is fitted to, N×D and N×E.
     """
 
-    def __init__(self, encoder, decoder, images):
+    def __init__(self, encoder, decoder, encoder_mu, decoder_mu):
         super().__init__()
         self.encoder, self.decoder = encoder, decoder
-        self.code_map = fit_linear(encode_means(encoder, images), encode_means(decoder, images))
+        self.code_map = fit_linear(encoder_mu, decoder_mu)
 
     def encode(self, images):
         mu, logvar = self.encoder.encode(images)

@@ -8,6 +8,7 @@ from torch import nn
 
 from common.data import IMAGE_SHAPE
 from common.runtime import InputError
+from standard_vae import StandardVAE
 
 LOGIT_EPSILON = 1e-3  # pixels end this far from 0 and 1, where logits would be infinite
 
@@ -40,8 +41,7 @@ class OwnTeacher(nn.Module):
         with torch.no_grad():
             mu, _ = self.encode(ends.to(device))
             self.latent_dim = mu.shape[1]
-            self.decode(mu)
-            shown = attempt("decode", self.their_decode, mu.unflatten(1, self.shape))
+            shown = self.decode_unclamped(mu)
         low, high = shown.min().item(), shown.max().item()
         if not (low > -0.5 and high < 1.5):  # also true of NaN; a little beyond is clamped
             refuse("decode", f"returns pixels in [{low:.3g}, {high:.3g}], not in [0, 1]")
@@ -62,19 +62,20 @@ class OwnTeacher(nn.Module):
         return tuple(part.flatten(1) for part in code)
 
     def decode(self, z):
+        return self.decode_unclamped(z).clamp(0, 1)
+
+    def decode_unclamped(self, z):
         images = attempt("decode", self.their_decode, z.unflatten(1, self.shape))
         is_tensor = isinstance(images, torch.Tensor)
         if not is_tensor or images.shape != (len(z), *IMAGE_SHAPE):
             what = tuple(images.shape) if is_tensor else f"a {type(images).__name__}"
             refuse("decode", f"returns {what}, not a tensor N×3×32×32")
-        return images.clamp(0, 1)
+        return images
 
     def decode_logits(self, z):
         return torch.logit(self.decode(z).float(), LOGIT_EPSILON)
 
-    @staticmethod
-    def reparameterize(mu, logvar):
-        return mu + torch.exp(0.5 * logvar) * torch.randn_like(mu)
+    reparameterize = staticmethod(StandardVAE.reparameterize)
 
 
 def attempt(name, function, argument):

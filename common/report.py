@@ -68,7 +68,7 @@ def print_summary(run):
         f"checkpoints  {s.checkpoint_dir}\n"
         f"outputs      {s.output_dir}\n"
     )
-    if source != "made by the teacher" and not s.teacher_images and len(run.images) < FEW_IMAGES:
+    if record["data"] != "none" and not s.teacher_images and len(run.images) < FEW_IMAGES:
         print(
             f"{len(run.images):,} images are few: --teacher checkpoints/teacher_cifar10.pth "
             "--teacher-images 0.9 adds pictures that the teacher makes (docs/results.md)\n"
