@@ -40,18 +40,13 @@ def first_process_first():
 
 @contextlib.contextmanager
 def processes(device):
-    """Within it, the processes that torchrun started work together. Raises InputError where there
-    are more of them than CUDA devices, and where another one has ended."""
+    """Within it, the processes that torchrun started work together. Raises InputError where
+    another one has ended."""
     if not dist.is_torchelastic_launched():
         yield
         return
     if device.type == "mps":
         raise InputError("torchrun is for CUDA and CPU, this is mps: use --device cpu")
-    if device.type == "cuda":
-        own, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-        if own >= count:
-            raise InputError(f"this machine has {count} CUDA devices: start no more processes")
-        torch.cuda.set_device(own)
     timeout = timedelta(hours=2)  # the first may have to download
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
     signal.signal(signal.SIGTERM, peer_lost)

@@ -134,6 +134,7 @@ FileOrNone = file_path(none=None)
 Weights = text(none="none")  # of VGG16: imagenet, random, none, or a path
 Channels = several(whole(1), 4)
 Device = one_of("auto", "cuda", "cpu", "mps")
+Device.means += " (of several cards, CUDA_VISIBLE_DEVICES=1 picks the second)"
 Precision = one_of("auto", "fp32", "bf16", "fp16")
 
 

@@ -71,13 +71,16 @@ def orthogonalize(matrix, steps=5):
     is_tall = matrix.shape[0] > matrix.shape[1]
     x = matrix.T if is_tall else matrix
     x = x / (x.norm() + 1e-7)
-    identity = torch.eye(len(x), dtype=x.dtype, device=x.device)
-    gram, product = x @ x.T, None
+    gram = x @ x.T
+    product = torch.eye(len(x), dtype=x.dtype, device=x.device)
     for step in range(steps):
-        factor = 3.4445 * identity - 4.7750 * gram + 2.0315 * gram @ gram
-        product = factor if product is None else factor @ product
+        # The polynomial less its constant, which each addmm below adds: one launch on a GPU in
+        # place of three.
+        polynomial = torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+        product = torch.addmm(product, polynomial, product, beta=3.4445)
         if step < steps - 1:
-            gram = factor @ gram @ factor
+            gram = torch.addmm(gram, polynomial, gram, beta=3.4445)
+            gram = torch.addmm(gram, gram, polynomial, beta=3.4445)
     x = product @ x
     return x.T.contiguous() if is_tall else x
 

@@ -9,6 +9,7 @@ import platform
 import re
 import socket
 import sys
+import warnings
 from pathlib import Path
 
 import torch
@@ -66,7 +67,7 @@ def user_message(error):
         return str(error)
     reason = (str(error) or type(error).__name__).splitlines()[0]
     if isinstance(error, torch.OutOfMemoryError):
-        return f"out of the device's memory: use a smaller batch, or --device cpu ({reason})"
+        return f"out of the device's memory: end what else uses it, or use --device cpu ({reason})"
     if is_out_of_memory(error):
         return f"out of memory: use a smaller batch or fewer images ({reason})"
     if not isinstance(error, OSError):
@@ -99,16 +100,51 @@ def is_out_of_memory(error):
 
 
 def pick_device(name):
-    """`auto` takes CUDA, then MPS, then the CPU. Raises InputError if a named one is missing."""
-    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    present["cpu"] = True
+    """`auto` takes CUDA, then MPS, then the CPU. Of several cards, a process of torchrun takes its
+    own. Raises InputError if a named one is missing, or one that is there cannot compute."""
+    has_cuda, warning = look_for_cuda()
+    built_for_cuda = torch.version.cuda or torch.version.hip
+    no_cuda = "PyTorch finds no card, or no driver" if built_for_cuda else "this PyTorch has none"
+    missing = {
+        "cuda": "" if has_cuda else warning or no_cuda,
+        "mps": "" if torch.backends.mps.is_available() else "PyTorch finds none",
+        "cpu": "",
+    }
     if name == "auto":
-        name = next(device for device in present if present[device])
-    if not present[name]:
+        name = next(device for device, reason in missing.items() if not reason)
+        if warning:
+            print(f"This runs on {name}: {warning}", file=sys.stderr)
+    if missing[name]:
         raise InputError(
-            f"this machine (or this build of PyTorch) has no {name} device: use --device auto"
+            f"no {name} device can be used here ({missing[name]}): put that right, or use --device "
+            "auto, which takes what there is"
         )
-    return torch.device(name)
+    device = torch.device(name)
+    try:
+        if name == "cuda":
+            own, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+            if own >= count:
+                raise InputError(f"this machine has {count} CUDA devices: start no more processes")
+            torch.cuda.set_device(own)
+        torch.ones(1, device=device).add(1).item()
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:  # a card that this PyTorch is not built for, or one in use
+        raise InputError(
+            f"{describe_device(device)} is here but does not compute "
+            f"({str(error).splitlines()[0]}): install a PyTorch that is built for it "
+            "(pytorch.org/get-started), or use --device cpu"
+        ) from error
+    return device
+
+
+def look_for_cuda():
+    """Whether there is a CUDA device, and what PyTorch says of one that it cannot use, such as that
+    its driver is too old; "" if nothing."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        has_cuda = torch.cuda.is_available()
+    return has_cuda, str(caught[0].message).split(" (Triggered")[0] if caught else ""
 
 
 def pick_precision(name, device):
@@ -125,11 +161,18 @@ def pick_precision(name, device):
         )
     if name == "bf16" and device.type == "mps":
         raise InputError("bf16 is for CUDA and CPU, this is mps: use --precision auto")
+    is_cuda = device.type == "cuda"
+    has_bf16 = is_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+    if name == "bf16" and is_cuda and not has_bf16:
+        raise InputError(
+            f"{describe_device(device)} does not multiply bf16, which came with Ampere: use "
+            "--precision auto"
+        )
     if name != "auto":
         return name
-    if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+    if has_bf16:
         return "bf16"
-    has_tensor_cores = device.type == "cuda" and torch.cuda.get_device_capability() >= (7, 0)
+    has_tensor_cores = is_cuda and torch.cuda.get_device_capability() >= (7, 0)
     return "fp16" if has_tensor_cores else "fp32"
 
 

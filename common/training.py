@@ -1,5 +1,6 @@
 """`fit` trains any objective: a module whose forward returns the named terms of a loss."""
 
+import contextlib
 import math
 import time
 
@@ -67,7 +68,7 @@ def fit(objective, run, name, epochs, optimizer, learning_rate, targets=(), resu
     if s.compile:
         trained = torch.compile(trained, mode="reduce-overhead" if device.type == "cuda" else None)
     bar = progress_bar(total=epochs * steps, initial=len(rows) * steps, desc=name, unit="step")
-    with bar:
+    with bar, naming_batch_size(s.batch_size):
         for epoch in range(len(rows) + 1, epochs + 1):
             start = time.perf_counter()
             network.train()
@@ -115,6 +116,21 @@ def fit(objective, run, name, epochs, optimizer, learning_rate, targets=(), resu
             rows.append(row)
             bar.write(epoch_line(row, epochs, network.latent_dim, terms))
             yield save_state(name, objective, parts, order, device, rows)
+
+
+@contextlib.contextmanager
+def naming_batch_size(batch_size):
+    """Within it, InputError where memory, the device's above all, does not hold a batch."""
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise InputError(
+            f"out of memory with batches of {batch_size} images; finished epochs are saved: use a "
+            f"smaller --batch-size, or --device cpu ({reason})"
+        ) from error
 
 
 def stop_unless_finite(what, value, name, epoch, precision):
@@ -223,7 +239,8 @@ def restore(path, objective, parts, order, device):
         objective.load_state_dict(state["objective"], strict=False)
         for what, several in parts.items():
             for part, saved in zip(several, state[what]):
-                part.load_state_dict(saved)
+                if saved:  # a scaler's is empty, unless the precision was fp16
+                    part.load_state_dict(saved)
         torch.set_rng_state(state["random"]["cpu"])
         order.set_state(state["random"]["order"])
         if device.type in state["random"] and device.type != "cpu":

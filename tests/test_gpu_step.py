@@ -3,7 +3,9 @@ the device, that it compiles without a break, that fp16's overflows are skipped,
 it takes."""
 
 import copy
+import warnings
 from collections import Counter
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -12,12 +14,14 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import distill_tinyvae
+from common import runtime
 from common.losses import LatentProjection
 from common.optimizer import Muon, make_optimizers
+from common.runtime import InputError
 from common.settings import parse_settings
 from common.vgg import VGGFeatures, load_vgg16
 from standard_vae import StandardVAE
-from tests.testing import random_images, random_normal
+from tests.testing import random_images, random_normal, train
 from tiny_vae_32 import TinyVAE32
 
 BATCH = 8
@@ -76,6 +80,86 @@ def step(objective, optimizers, batch, scaler=None):
         scaler.update()
     objective.after_step(terms, 9, 10)
     return loss
+
+
+# --- Which device, which precision ---
+
+
+def fake_cuda(monkeypatch, **answers):
+    """torch.cuda with these answers."""
+    answers = {"is_available": True, "device_count": 1, "set_device": None,
+               "get_device_name": "GeForce"} | answers
+    for name, answer in answers.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)
+
+
+def test_a_device_that_is_missing_is_refused_with_the_reason(monkeypatch, capsys):
+    fake_cuda(monkeypatch, is_available=False)
+    for version, reason in (("13.0", "finds no card, or no driver"), (None, "this PyTorch has")):
+        monkeypatch.setattr(torch.version, "cuda", version)
+        with pytest.raises(InputError, match=rf"no cuda device .*{reason}.* --device auto"):
+            runtime.pick_device("cuda")
+    assert runtime.pick_device("auto").type in ("cpu", "mps")
+    assert capsys.readouterr().err == ""
+    with pytest.raises(SystemExit, match="2"):
+        parse_settings(vars(distill_tinyvae), ["--device", "cuda:1"])
+    assert "CUDA_VISIBLE_DEVICES=1 picks the second), got 'cuda:1'" in capsys.readouterr().err
+
+    def has_an_old_driver():
+        warnings.warn("The NVIDIA driver is too old (Triggered internally at x)", stacklevel=1)
+        return False
+
+    monkeypatch.setattr(torch.cuda, "is_available", has_an_old_driver)
+    with pytest.raises(InputError, match=r"no cuda device .* driver is too old\): put that right"):
+        runtime.pick_device("cuda")
+    assert runtime.pick_device("auto").type in ("cpu", "mps")
+    assert "runs on cpu: The NVIDIA driver is too old\n" in capsys.readouterr().err
+
+
+def test_a_card_that_does_not_compute_is_refused_with_its_reason(monkeypatch):
+    fake_cuda(monkeypatch)
+
+    def ones(*_, device):
+        raise error
+
+    monkeypatch.setattr(torch, "ones", ones)
+    error = RuntimeError("CUDA error: no kernel image is available\nCompile with ...")  # sm_50
+    with pytest.raises(InputError, match=r"GeForce is here but .* \(CUDA error: no kernel image is "
+                                         r"available\): install .*get-started"):
+        runtime.pick_device("auto")
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 MB")
+    with pytest.raises(SystemExit, match="device's memory: end what else uses it"):
+        runtime.run_script(lambda _: runtime.pick_device("cuda"))
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(InputError, match="has 1 CUDA devices: start no more processes"):
+        runtime.pick_device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("card", "bf16", "precision"), [((6, 1), False, "fp32"), ((7, 5), False, "fp16"),
+                                    ((8, 0), True, "bf16")],
+)
+def test_a_card_takes_what_it_multiplies_itself(card, bf16, precision, monkeypatch):
+    fake_cuda(monkeypatch, is_bf16_supported=bf16, get_device_capability=card)
+    device = torch.device("cuda")
+    assert runtime.pick_precision("auto", device) == precision
+    assert runtime.pick_precision("fp16", device) == "fp16"
+    if bf16:
+        assert runtime.pick_precision("bf16", device) == "bf16"
+    else:
+        with pytest.raises(InputError, match=r"GeForce does not multiply bf16.*--precision auto"):
+            runtime.pick_precision("bf16", device)
+    with pytest.raises(InputError, match="fp16 training needs a CUDA device, this is cpu"):
+        runtime.pick_precision("fp16", torch.device("cpu"))
+    assert runtime.pick_precision("auto", torch.device("cpu")) == "fp32"
+
+
+def test_out_of_memory_in_training_names_the_batch_size(tmp_path, monkeypatch):
+    full = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore")
+    monkeypatch.setattr(distill_tinyvae, "kl_loss", Mock(side_effect=full))
+    with pytest.raises(InputError, match=r"out of memory with batches of 32 .* smaller --batch-size"
+                                         r".*Tried to allocate 2.00 GiB\.\)$"):
+        train(tmp_path)
 
 
 # --- Devices ---
@@ -212,8 +296,8 @@ def count_operations(stage, optimizer):
 
 @pytest.mark.parametrize(
     ("stage", "optimizer", "most"),
-    [(("teacher",), "adam", 113), (("student",), "muon", 918), (("student",), "adam", 345),
-     (("student", "--vgg", "none"), "muon", 768)],
+    [(("teacher",), "adam", 109), (("student",), "muon", 654), (("student",), "adam", 345),
+     (("student", "--vgg", "none"), "muon", 504)],
 )
 def test_a_step_takes_no_more_operations_than_docs_say(stage, optimizer, most):
     assert count_operations(stage, optimizer) <= most

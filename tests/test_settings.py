@@ -12,7 +12,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 import distill_tinyvae
 from common import kind, losses, runtime
@@ -364,15 +363,6 @@ def test_the_demos_settings_are_checked_like_constants():
 
 
 # --- Device, precision, and importing ---
-
-
-def test_devices_and_precisions_that_are_missing_are_refused():
-    if not torch.cuda.is_available():
-        with pytest.raises(InputError, match="no cuda device"):
-            runtime.pick_device("cuda")
-    with pytest.raises(InputError, match="fp16 training needs a CUDA device, this is cpu"):
-        runtime.pick_precision("fp16", torch.device("cpu"))
-    assert runtime.pick_precision("auto", torch.device("cpu")) == "fp32"
 
 
 def test_importing_the_scripts_does_nothing(tmp_path):

@@ -287,6 +287,23 @@ def test_training_goes_on_bit_for_bit_where_it_was(precision, tmp_path, monkeypa
         next(fit(student_objective(weights), run, 4, "muon", targets, resume_from=path))
 
 
+@pytest.mark.parametrize(("before", "after"), [("fp32", "fp16"), ("fp16", "fp32")])
+def test_training_goes_on_in_another_precision_as_from_a_gpu_to_a_cpu(
+    before, after, tmp_path
+):
+    weights = dict.fromkeys(("reconstruction", "kl"), 1)
+    for state in fit(student_objective(weights), run_of(IMAGES[:34], before), 2):
+        if state["epoch"] == 1:
+            state["random"]["cuda"] = state["random"]["cpu"]
+            storage.save_checkpoint(tmp_path / "state.pth", state)
+    same = run_of(IMAGES[:34], after)
+    *_, again = fit(student_objective(weights), same, 2, resume_from=tmp_path / "state.pth")
+    assert again["epoch"] == 2
+    assert again["rows"][-1]["loss"] == pytest.approx(state["rows"][-1]["loss"], rel=0.02)
+    for last, precision in ((state, before), (again, after)):
+        assert bool(last["scaler"][0]) == (precision == "fp16")
+
+
 @pytest.mark.parametrize("device", ["cuda", "mps"])
 def test_the_random_state_of_a_gpu_is_resumed_on_one(device, tmp_path, monkeypatch):
     restored, objective = [], Scripted()
