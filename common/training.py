@@ -65,7 +65,7 @@ def fit(objective, run, name, epochs, optimizer, learning_rate, targets=(), resu
     yield save_state(name, objective, parts, order, device, rows)
 
     trained = data_parallel(objective, device)
-    if s.compile:
+    if s.compile and can_compile(device):
         trained = torch.compile(trained, mode="reduce-overhead" if device.type == "cuda" else None)
     bar = progress_bar(total=epochs * steps, initial=len(rows) * steps, desc=name, unit="step")
     with bar, naming_batch_size(s.batch_size):
@@ -116,6 +116,17 @@ def fit(objective, run, name, epochs, optimizer, learning_rate, targets=(), resu
             rows.append(row)
             bar.write(epoch_line(row, epochs, network.latent_dim, terms))
             yield save_state(name, objective, parts, order, device, rows)
+
+
+def can_compile(device):
+    """Whether torch.compile works here; prints why not, such as for want of a compiler."""
+    try:
+        torch.compile(torch.neg)(torch.ones(1, device=device))
+    except Exception as error:  # of a class for each compiler
+        reason = str(error).splitlines()[0]
+        print(f"Steps are not compiled, since torch.compile does not work here ({reason})")
+        return False
+    return True
 
 
 @contextlib.contextmanager

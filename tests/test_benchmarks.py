@@ -1,15 +1,17 @@
 """The benchmarks: what they time is what distill_tinyvae.py does, and what they write."""
 
+import json
 import sys
 
 import pytest
+import torch
 
 import distill_tinyvae
-from benchmarks import scaling, speed
+from benchmarks import gpu, scaling, speed
 from common.losses import TERMS
 from common.runtime import InputError
 from common.settings import parse_settings
-from tests.testing import read_csv
+from tests.testing import TINY, read_csv
 
 SMALL = ("--limit", "70", "--batch-size", "16", "--repeats", "1", "--device", "cpu")
 
@@ -85,3 +87,47 @@ def test_the_scaling_counts_the_images_of_all_processes(tmp_path):
         assert float(row["images_per_second"]) == pytest.approx(images_per_second)
     with pytest.raises(InputError, match="1 processes did not finish, for the reason above"):
         scaling.main([*flags, "--processes", "1", "--batch-size", "128"])
+
+
+def test_the_first_run_on_a_gpu_times_a_step_and_extrapolates(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "time_loop", lambda *_: {"teacher": 2.0, "student": 3.0})
+    flags = ("--device", "cpu", "--limit", "142", "--epochs", "2", "--output-dir", str(tmp_path))
+    gpu.main([*flags, "--no-check", "--timed", "no vgg,loop"])
+    ours, loop = json.loads((tmp_path / "bench_gpu.json").read_text())["ways"]
+    assert 1 < ours["student"] < ours["teacher"]
+    # 703 steps an epoch, of 20 and of 100
+    assert loop["full_recipe_minutes"] == pytest.approx((20 * 703 * 2 + 100 * 703 * 3) / 60_000)
+    assert "20 + 100 epochs, minutes" in capsys.readouterr().out
+
+
+def test_noise_from_the_cpu_is_the_same_on_any_device(tmp_path, monkeypatch):
+    drawn = []
+
+    def randn(*size, **options):
+        drawn.append(options)
+        return torch.zeros(size)
+
+    monkeypatch.setattr(torch, "randn", randn)
+    gpu.train(tmp_path, "cpu", *TINY, "--teacher", "none", "--epochs", "1")
+    assert drawn and not any(drawn)
+    assert (tmp_path / "peak").read_text() == "0"
+
+
+@pytest.mark.parametrize(
+    ("losses", "message"),
+    [((0.5, 0.4), None), ((0.5, 0.4001), None), ((0.5, 0.401), r"by up to 0\.25%"),
+     ((0.5, float("nan")), "by up to nan")],
+)
+def test_a_gpu_that_computes_something_else_is_noticed(losses, message, monkeypatch):
+    def run(noise_from, device, *flags):
+        assert noise_from == "cpu" and "--precision=fp32" in flags
+        stage = "student" if f"--teacher={gpu.TEACHER}" in flags else "teacher"
+        other = losses if device == "cuda" and stage == "student" else (0.5, 0.4)
+        return [{"stage": stage, "loss": str(loss)} for loss in other], 0
+
+    monkeypatch.setattr(gpu, "run", run)
+    if message:
+        with pytest.raises(InputError, match=f"the student's loss on cuda differs .* {message}"):
+            gpu.check("cuda", 0.0005)
+    else:
+        assert gpu.check("cuda", 0.0005)["teacher"] == 0

@@ -4,6 +4,7 @@ import copy
 import itertools
 import math
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -370,12 +371,16 @@ def test_a_step_reads_no_value_on_the_device_but_now_and_then(stage, precision, 
     assert waits.functions[-1] == item
 
 
-def test_the_objective_is_compiled_where_that_is_asked_for(monkeypatch):
+def test_the_objective_is_compiled_where_that_is_asked_for(monkeypatch, capsys):
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda *args, **options: compiled.append(args) or args[0])
     for setting in (False, True):
         list(fit(objective := Scripted(), run_of(IMAGES[:8], compile=setting)))
-    assert compiled == [(objective,)]
+    assert compiled == [(torch.neg,), (objective,)]
+
+    monkeypatch.setattr(torch, "compile", Mock(side_effect=RuntimeError("No compiler\nFull story")))
+    list(fit(Scripted(), run_of(IMAGES[:8], compile=True)))
+    assert "since torch.compile does not work here (No compiler)\n" in capsys.readouterr().out
 
 
 # --- Validation ---
