@@ -72,11 +72,10 @@ def browser_page():
 
 
 def pixels_of(page, selector):
-    """A canvas as uint8, 3×32×32."""
-    rgba = page.eval_on_selector(
-        selector, "c => Array.from(c.getContext('2d').getImageData(0, 0, 32, 32).data)"
-    )
-    return torch.tensor(rgba, dtype=torch.uint8).view(32, 32, 4)[..., :3].permute(2, 0, 1)
+    """A canvas as uint8, 3×H×W."""
+    height, width, rgba = page.eval_on_selector(selector, """c => [c.height, c.width,
+        Array.from(c.getContext('2d').getImageData(0, 0, c.width, c.height).data)]""")
+    return torch.tensor(rgba, dtype=torch.uint8).view(height, width, 4)[..., :3].permute(2, 0, 1)
 
 
 def wait_until(page, is_so):
@@ -187,6 +186,21 @@ def test_the_page_draws_what_pytorch_computes(browser_page, tmp_path):
         page.get_by_label("Example 2").click()
         wait_for_drawn(page, "#slot-a .original", examples[1:2])
         assert page.inner_text("#complaint") == ""
+
+        # A whole one, in tiles that start at 0, 24 and 28 across, 0 and 8 down.
+        photograph = torch.cat([examples[6], examples[7]], 2)[..., :60]
+        photograph = torch.cat([photograph, photograph[:, :8].flip(1)], 1)
+        page.evaluate(DROP, ["tiled", base64.b64encode(as_png(photograph[:, :32])).decode()])
+        wait_for_text(page, "60 × 32 pixels from 3 tiles, 192 numbers.", "#tiles")
+        page.set_input_files("#whole", upload | {"buffer": as_png(photograph)})
+        wait_for_text(page, "60 × 40 pixels from 6 tiles, 384 numbers.", "#tiles")
+        torch.testing.assert_close(pixels_of(page, "#photograph") / 255, photograph)
+        made = pixels_of(page, "#tiled") / 255
+        first, last = (vae.decode(vae.encode(tile[None].contiguous())[0])[0] for tile in
+                       (photograph[:, :32, :32], photograph[:, 8:, 28:]))
+        assert (made[:, :8, :24] - first[:, :8, :24]).abs().max() < 0.01  # where no other is
+        assert (made[:, 32:, 56:] - last[:, 24:, 28:]).abs().max() < 0.01
+        assert (made - photograph).abs().mean() < 0.1  # none is left out
 
         # 50 megapixels and a small picture at once: the later one stays, though it is ready first.
         grey, file = torch.full((1, 3, 32, 32), 0.4), io.BytesIO()

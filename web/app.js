@@ -10,6 +10,8 @@ const RUNTIME_FILES = ["ort.wasm.min.mjs", "ort-wasm-simd-threaded.mjs",
                        "ort-wasm-simd-threaded.wasm"];
 const SIDE = 32;
 const REACH = 4; // of a latent's slider, either way
+const LONGEST = 640; // pixels of a photograph's longer side that is drawn in tiles
+const OVERLAP = 8; // pixels of neighbouring tiles, which fade into each other
 const PATIENCE = 20; // seconds that a server may take to say whether it has a file
 const SIMD = "AGFzbQEAAAABBQFgAAF7AwIBAAoKAQgAQQD9D/1iCw=="; // a module of one vector instruction
 const TIMED = 31; // runs that a time is the mean of: a clock may tick in whole milliseconds
@@ -24,6 +26,7 @@ const asked = { a: 0, b: 0 }; // how many images each was given, to know a stale
 let active = "a"; // the slot that the next image goes to
 let z; // the code that is drawn, Float32Array
 let origin = "between"; // of z: between, moved or prior
+let photographs = 0; // how many were asked for in tiles, to know a stale one
 const times = { encode: [], decode: [] };
 let ort, encoder, decoder;
 
@@ -196,25 +199,81 @@ function choose(slot) {
   for (const name in slots) slots[name].setAttribute("aria-pressed", name === slot);
 }
 
+// What `use` makes of a file's picture.
+async function withBitmap(file, use) {
+  if (!file) throw new Failure("That is not a file: drop a picture from a folder.");
+  let bitmap;
+  try {
+    bitmap = await createImageBitmap(file);
+  } catch {
+    const remedy = /\.hei[cf]$/i.test(file.name) ? ": save it as JPEG" : "";
+    throw new Failure(`${file.name} is not a picture that this browser can read${remedy}.`);
+  }
+  try {
+    return await use(bitmap);
+  } finally {
+    bitmap.close(); // a large photograph takes hundreds of megabytes
+  }
+}
+
 function open(slot, file) {
   choose(slot);
-  return put(slot, async () => {
-    if (!file) throw new Failure("That is not a file: drop a picture from a folder.");
-    let bitmap;
-    try {
-      bitmap = await createImageBitmap(file);
-    } catch {
-      const remedy = /\.hei[cf]$/i.test(file.name) ? ": save it as JPEG" : "";
-      throw new Failure(`${file.name} is not a picture that this browser can read${remedy}.`);
-    }
+  return put(slot, () => withBitmap(file, (bitmap) => {
     const side = Math.min(bitmap.width, bitmap.height);
-    try {
-      const [x, y] = [(bitmap.width - side) / 2, (bitmap.height - side) / 2];
-      return await pixelsOf(bitmap, x, y, side);
-    } finally {
-      bitmap.close(); // a large photograph takes hundreds of megabytes
+    return pixelsOf(bitmap, (bitmap.width - side) / 2, (bitmap.height - side) / 2, side);
+  }));
+}
+
+// Draw a whole photograph from the codes of its tiles, a row of them after the other.
+async function drawTiles(file) {
+  complain("");
+  const request = ++photographs;
+  const [original, tiled] = [element("photograph"), element("tiled")];
+  const context = tiled.getContext("2d");
+  await withBitmap(file, (bitmap) => {
+    const scale = Math.min(1, LONGEST / Math.max(bitmap.width, bitmap.height));
+    for (const canvas of [original, tiled]) {
+      canvas.width = Math.max(SIDE, Math.round(scale * bitmap.width));
+      canvas.height = Math.max(SIDE, Math.round(scale * bitmap.height));
+      canvas.hidden = false;
     }
+    const onto = original.getContext("2d");
+    onto.fillStyle = "white";
+    onto.fillRect(0, 0, original.width, original.height);
+    onto.drawImage(bitmap, 0, 0, original.width, original.height);
   });
+  const { width, height } = tiled;
+  const sums = new Float32Array(4 * width * height); // of weight · red, green, blue, and weights
+  const weight = (i) => Math.min(i + 0.5, SIDE - i - 0.5, OVERLAP);
+  const picture = new ImageData(width, height);
+  for (const top of starts(height)) {
+    for (const left of starts(width)) {
+      const made = await decode(await encode(await pixelsOf(original, left, top, SIDE)));
+      if (request !== photographs) return;
+      for (let i = 0; i < SIDE * SIDE; i++) {
+        const [x, y] = [i % SIDE, Math.floor(i / SIDE)];
+        const at = 4 * ((top + y) * width + left + x);
+        const here = weight(x) * weight(y);
+        for (let c = 0; c < 3; c++) sums[at + c] += here * made[c * SIDE * SIDE + i];
+        sums[at + 3] += here;
+      }
+    }
+    for (let i = 0; i < sums.length; i++) {
+      const total = sums[i | 3]; // of the same pixel
+      picture.data[i] = total && (i % 4 === 3 ? 255 : Math.round((255 * sums[i]) / total));
+    }
+    context.putImageData(picture, 0, 0);
+  }
+  const tiles = starts(width).length * starts(height).length;
+  element("tiles").textContent = `${width} × ${height} pixels from ${tiles.toLocaleString("en")} `
+    + `tiles, ${(tiles * z.length).toLocaleString("en")} numbers.`;
+}
+
+// Where tiles start along a side: a stride apart, the last one at its end.
+function starts(length) {
+  const stride = SIDE - OVERLAP;
+  const count = Math.ceil((length - SIDE) / stride) + 1;
+  return Array.from({ length: count }, (_, i) => Math.min(i * stride, length - SIDE));
 }
 
 function drawBetween() {
@@ -316,12 +375,17 @@ function listen() {
     event.preventDefault();
     const under = event.target.closest?.(".slot");
     under?.classList.remove("over");
-    open(under === slots.a ? "a" : under === slots.b ? "b" : active, event.dataTransfer.files[0]);
+    const [file] = event.dataTransfer.files;
+    if (event.target.closest?.(".whole")) drawTiles(file);
+    else open(under === slots.a ? "a" : under === slots.b ? "b" : active, file);
   });
-  element("file").addEventListener("change", (event) => {
-    if (event.target.files[0]) open(active, event.target.files[0]);
-    event.target.value = "";
-  });
+  const jobs = { file: (file) => open(active, file), whole: drawTiles };
+  for (const id in jobs) {
+    element(id).addEventListener("change", (event) => {
+      if (event.target.files[0]) jobs[id](event.target.files[0]);
+      event.target.value = "";
+    });
+  }
   element("between").addEventListener("input", drawBetween);
   element("prior").addEventListener("click", samplePrior);
   element("reset").addEventListener("click", drawBetween);
