@@ -67,7 +67,8 @@ def fit(objective, run, name, epochs, optimizer, learning_rate, targets=(), resu
     trained = data_parallel(objective, device)
     if s.compile and can_compile(device):
         trained = torch.compile(trained, mode="reduce-overhead" if device.type == "cuda" else None)
-    bar = progress_bar(total=epochs * steps, initial=len(rows) * steps, desc=name, unit="step")
+    desc = "teacher, stage 1 of 2" if name == "teacher" else name  # the time left is of one stage
+    bar = progress_bar(total=epochs * steps, initial=len(rows) * steps, desc=desc, unit="step")
     with bar, naming_batch_size(s.batch_size):
         for epoch in range(len(rows) + 1, epochs + 1):
             start = time.perf_counter()
