@@ -48,8 +48,8 @@ def covariance_of(teacher_mu):
     """Mean, 512, and covariance, 512×512, of the teacher's mu, N×512, in double precision."""
     codes = teacher_mu.detach().cpu().double()
     mean = codes.mean(0)
-    centred = codes - mean
-    return mean, centred.T @ centred / len(centred)
+    codes -= mean
+    return mean, codes.T @ codes / len(codes)
 
 
 def inverse_root(covariance):

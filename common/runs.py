@@ -34,7 +34,7 @@ from common.storage import (
     write_csv,
     write_json,
 )
-from common.teacher_outputs import check_teacher
+from common.teacher_outputs import check_memory, check_teacher
 from common.vgg import load_vgg16
 from standard_vae import StandardVAE
 from tiny_vae_32 import TinyVAE32
@@ -240,6 +240,8 @@ def check(run):
                 f"{wanted}: at least {wanted + 1} are needed; add images, or leave out the latent "
                 "term with --latent-weight 0"
             )
+    if run.device.type == "cuda" and run.needs_teacher:
+        check_memory(count, latents)
     if run.teacher and run.needs_teacher:
         images = run.images[:TEACHER_CHECK_IMAGES].cpu()
         check_teacher(run.teacher, images, s.teacher, wanted if "latent" in run.weights else 0)

@@ -1,12 +1,15 @@
 """The teacher's latents and outputs. The images never change, so one pass serves every epoch."""
 
+import math
 from typing import NamedTuple
 
 import torch
 
-from common.data import to_float
+from common.data import PIXEL_VALUES, to_float
 from common.metrics import ACTIVE_VARIANCE, EVALUATION_BATCH, count_active, encode_means
 from common.runtime import InputError, autocast, progress_bar
+
+STEP_MEMORY = 1_000_000_000  # bytes of a device, kept for networks and a step
 
 
 class TeacherOutputs(NamedTuple):
@@ -19,6 +22,18 @@ def teacher_outputs(teacher, run):
     """The TeacherOutputs of a run's images. `teacher` is on its device, in evaluation mode."""
     mu, logits = compute_outputs(teacher, run.images, run.precision)
     return TeacherOutputs(mu, logits, encode_means(teacher, run.val_images, run.precision))
+
+
+def check_memory(count, latent_dim):
+    """Raise InputError where the outputs for so many images do not fit the CUDA device."""
+    room = torch.cuda.mem_get_info()[0] - STEP_MEMORY
+    each = 4 * latent_dim + 2 * PIXEL_VALUES  # bytes, as in TeacherOutputs
+    if count * each > room:
+        raise InputError(
+            f"the teacher's outputs for {count:,} images take {count * each / 1e9:.1f} GB, and the "
+            f"device has {room / 1e9:.1f} GB left for them: use --limit {max(0, room) // each}, or "
+            "--device cpu"
+        )
 
 
 @torch.no_grad()
@@ -61,11 +76,14 @@ def check_teacher(teacher, images, path, latent_dim):
 
 @torch.no_grad()
 def compute_outputs(teacher, images, precision):
-    mus, logits = [], []
-    chunks = images.split(EVALUATION_BATCH)
-    for chunk in progress_bar(chunks, desc="teacher's outputs", unit="batch", leave=False):
+    mus, logits = [], torch.empty(images.shape, dtype=torch.half, device=images.device)
+    chunks = zip(images.split(EVALUATION_BATCH), logits.split(EVALUATION_BATCH))
+    total = math.ceil(len(images) / EVALUATION_BATCH)
+    for chunk, made in progress_bar(
+        chunks, total=total, desc="teacher's outputs", unit="batch", leave=False
+    ):
         with autocast(images.device, precision):
             mu, _ = teacher.encode(to_float(chunk))
-            logits.append(teacher.decode_logits(mu).half())
+            made.copy_(teacher.decode_logits(mu))
         mus.append(mu.float())
-    return torch.cat(mus), torch.cat(logits)
+    return torch.cat(mus), logits

@@ -21,6 +21,7 @@ from common.losses import LatentProjection
 from common.optimizer import Muon, make_optimizers
 from common.runtime import InputError
 from common.settings import parse_settings
+from common.teacher_outputs import check_memory
 from common.vgg import VGGFeatures, load_vgg16
 from standard_vae import StandardVAE
 from tests.testing import random_images, random_normal, train
@@ -162,6 +163,14 @@ def test_out_of_memory_in_training_names_the_batch_size(tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"out of memory with batches of 32 .* smaller --batch-size"
                                          r".*Tried to allocate 2.00 GiB\.\)$"):
         train(tmp_path)
+
+
+def test_more_outputs_of_a_teacher_than_a_card_holds_are_refused(monkeypatch):
+    fake_cuda(monkeypatch, mem_get_info=(8_000_000_000, 8_000_000_000))
+    check_memory(850_000, 512)  # 8,192 bytes each
+    with pytest.raises(InputError, match=r"900,000 images take 7\.4 GB, and the device has 7\.0 GB"
+                                         r" left for them: use --limit 854492,"):
+        check_memory(900_000, 512)
 
 
 # --- Devices ---
