@@ -26,7 +26,7 @@ const asked = { a: 0, b: 0 }; // how many images each was given, to know a stale
 let active = "a"; // the slot that the next image goes to
 let z; // the code that is drawn, Float32Array
 let origin = "between"; // of z: between, moved or prior
-let photographs = 0; // how many were asked for in tiles, to know a stale one
+const tiled = { asked: 0, shown: 0 }; // photographs: how many, and which of them is drawn
 const times = { encode: [], decode: [] };
 let ort, encoder, decoder;
 
@@ -227,29 +227,35 @@ function open(slot, file) {
 // Draw a whole photograph from the codes of its tiles, a row of them after the other.
 async function drawTiles(file) {
   complain("");
-  const request = ++photographs;
-  const [original, tiled] = [element("photograph"), element("tiled")];
-  const context = tiled.getContext("2d");
+  const request = ++tiled.asked;
+  const [original, canvas] = [element("photograph"), element("tiled")];
   await withBitmap(file, (bitmap) => {
-    const scale = Math.min(1, LONGEST / Math.max(bitmap.width, bitmap.height));
-    for (const canvas of [original, tiled]) {
-      canvas.width = Math.max(SIDE, Math.round(scale * bitmap.width));
-      canvas.height = Math.max(SIDE, Math.round(scale * bitmap.height));
-      canvas.hidden = false;
+    if (request < tiled.shown) return; // a later one was ready first
+    const sides = [bitmap.width, bitmap.height];
+    const [shortest, longest] = [Math.min(...sides), Math.max(...sides)];
+    if (longest > 100 * shortest) throw new Failure(`${file.name} is too narrow for tiles.`);
+    tiled.shown = request;
+    const scale = Math.max(SIDE / shortest, Math.min(1, LONGEST / longest));
+    for (const either of [original, canvas]) {
+      [either.width, either.height] = sides.map((side) => Math.round(scale * side));
+      either.hidden = false;
     }
     const onto = original.getContext("2d");
     onto.fillStyle = "white";
     onto.fillRect(0, 0, original.width, original.height);
+    onto.imageSmoothingQuality = "high";
     onto.drawImage(bitmap, 0, 0, original.width, original.height);
+    element("tiles").textContent = "Drawing…";
   });
-  const { width, height } = tiled;
+  const { width, height } = canvas;
   const sums = new Float32Array(4 * width * height); // of weight · red, green, blue, and weights
   const weight = (i) => Math.min(i + 0.5, SIDE - i - 0.5, OVERLAP);
   const picture = new ImageData(width, height);
+  const context = canvas.getContext("2d");
   for (const top of starts(height)) {
     for (const left of starts(width)) {
       const made = await decode(await encode(await pixelsOf(original, left, top, SIDE)));
-      if (request !== photographs) return;
+      if (request !== tiled.shown) return;
       for (let i = 0; i < SIDE * SIDE; i++) {
         const [x, y] = [i % SIDE, Math.floor(i / SIDE)];
         const at = 4 * ((top + y) * width + left + x);
@@ -376,7 +382,7 @@ function listen() {
     const under = event.target.closest?.(".slot");
     under?.classList.remove("over");
     const [file] = event.dataTransfer.files;
-    if (event.target.closest?.(".whole")) drawTiles(file);
+    if (event.target.closest?.(".in-tiles")) drawTiles(file);
     else open(under === slots.a ? "a" : under === slots.b ? "b" : active, file);
   });
   const jobs = { file: (file) => open(active, file), whole: drawTiles };
