@@ -27,7 +27,7 @@ from common.data import IMAGE_SHAPE
 from common.metrics import seconds_per_batch
 from common.models import count_macs, count_parameters
 from common.pictures import save_figure
-from common.runtime import InputError, print_table, require, run_script
+from common.runtime import InputError, first_line, print_table, require, run_script
 from common.settings import parse_settings
 from common.storage import check_writable, locked, write_csv
 from tiny_vae_32 import TinyVAE32
@@ -191,7 +191,7 @@ class Search:
             )
         except Exception as error:  # SQLAlchemy's, of many kinds
             raise InputError(
-                f"{path} cannot be used as an Optuna study ({str(error).splitlines()[0]}): try "
+                f"{path} cannot be used as an Optuna study ({first_line(error)}): try "
                 "again, or name another --checkpoint-dir"
             ) from error
         for name, cap in KNOWN.items():

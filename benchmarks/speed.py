@@ -16,6 +16,7 @@ step's time does not depend on what the images show: generated ones serve. Write
 """
 
 import csv
+import re
 import statistics
 import subprocess
 import sys
@@ -185,6 +186,7 @@ def fit_pythae(module, loader, job):
 def train(trainer, job_file, folder):
     """Train teacher and student in this process, and write a metrics.csv as ours does."""
     job = torch.load(job_file, weights_only=False) | {"folder": folder}
+    torch.backends.cudnn.allow_tf32 = False  # as in ours
     fit = {"lightning": fit_lightning, "pythae": fit_pythae}.get(trainer, fit_loop)
     images, device = job["images"], job["device"]
     loader = DataLoader(TensorDataset(images / 255), job["batch_size"], shuffle=True)
@@ -210,6 +212,12 @@ def train(trainer, job_file, folder):
     write_csv(Path(folder) / "metrics.csv", ("stage", "loss", "ms_per_step"), rows)
 
 
+def error_of(done):
+    """The line that tells why a process has failed, of what it wrote to stderr."""
+    errors = re.findall(r"^(?:error:|[\w.]*(?:Error|Exception)\b).*", done.stderr, re.MULTILINE)
+    return errors[-1] if errors else f"exit code {done.returncode}"
+
+
 def measure(trainer, job_file, settings):
     """A row for each stage, from a run in a process of its own. Raises InputError if it fails."""
     s = settings
@@ -229,8 +237,7 @@ def measure(trainer, job_file, settings):
         done = subprocess.run([sys.executable, *command], cwd=HERE, capture_output=True, text=True)
         seconds = time.perf_counter() - start
         if done.returncode:
-            errors = [line for line in done.stderr.splitlines() if "rror" in line]
-            raise runtime.InputError(f"{trainer} could not train: {(errors or ['?'])[-1]}")
+            raise runtime.InputError(f"{trainer} could not train: {error_of(done)}")
         with Path(folder, "metrics.csv").open(newline="") as file:
             last = {row["stage"]: row for row in csv.DictReader(file)}  # the last epoch of each
     return [

@@ -46,7 +46,7 @@ def kl_loss(mu, logvar):
 
 def covariance_of(teacher_mu):
     """Mean, 512, and covariance, 512×512, of the teacher's mu, N×512, in double precision."""
-    codes = teacher_mu.detach().cpu().double()
+    codes = teacher_mu.detach().to("cpu", torch.double, copy=True)
     mean = codes.mean(0)
     codes -= mean
     return mean, codes.T @ codes / len(codes)

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from common import own_teacher
 from common.data import IMAGE_SHAPE
 from common.other_checkpoints import adopt
-from common.runtime import InputError, is_out_of_memory
+from common.runtime import InputError, first_line, is_out_of_memory
 from common.sources import load_test_images, load_training_images, warn_of_copies
 from common.storage import load_checkpoint
 from standard_vae import StandardVAE
@@ -61,7 +61,7 @@ def load_model(path, expected=None):
     except (TypeError, ValueError, RuntimeError, AttributeError, OverflowError) as error:
         if is_out_of_memory(error):
             raise
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise InputError(f"the weights in {path} do not fit its architecture: {reason}") from error
     return model.eval(), checkpoint
 

@@ -60,14 +60,19 @@ def drop_output():
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def first_line(error):
+    """Of an error's text, or the name of its class where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def user_message(error):
     """What a user is told of bad input, memory that is full, a file that the system refuses, or an
     output that cannot be written; None for other errors."""
     if isinstance(error, InputError):
         return str(error)
-    reason = (str(error) or type(error).__name__).splitlines()[0]
+    reason = first_line(error)
     if isinstance(error, torch.OutOfMemoryError):
-        return f"out of the device's memory: end what else uses it, or use --device cpu ({reason})"
+        return f"out of the device's memory: use a smaller batch, or --device cpu ({reason})"
     if is_out_of_memory(error):
         return f"out of memory: use a smaller batch or fewer images ({reason})"
     if not isinstance(error, OSError):
@@ -100,40 +105,38 @@ def is_out_of_memory(error):
 
 
 def pick_device(name):
-    """`auto` takes CUDA, then MPS, then the CPU. Of several cards, a process of torchrun takes its
+    """`auto` takes CUDA, then MPS, then the CPU. Of several GPUs, a process of torchrun takes its
     own. Raises InputError if a named one is missing, or one that is there cannot compute."""
     has_cuda, warning = look_for_cuda()
     built_for_cuda = torch.version.cuda or torch.version.hip
-    no_cuda = "PyTorch finds no card, or no driver" if built_for_cuda else "this PyTorch has none"
+    no_cuda = "finds no GPU, or no driver" if built_for_cuda else "is built without it"
     missing = {
-        "cuda": "" if has_cuda else warning or no_cuda,
+        "cuda": "" if has_cuda else warning or f"PyTorch {no_cuda}",
         "mps": "" if torch.backends.mps.is_available() else "PyTorch finds none",
         "cpu": "",
     }
+    own = int(os.environ["LOCAL_RANK"]) if torch.distributed.is_torchelastic_launched() else 0
     if name == "auto":
         name = next(device for device, reason in missing.items() if not reason)
-        if warning:
+        if warning and own == 0:
             print(f"This runs on {name}: {warning}", file=sys.stderr)
     if missing[name]:
         raise InputError(
-            f"no {name} device can be used here ({missing[name]}): put that right, or use --device "
-            "auto, which takes what there is"
+            f"no {name} device can be used ({missing[name]}): --device auto takes what there is"
         )
     device = torch.device(name)
     try:
         if name == "cuda":
-            own, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+            count = torch.cuda.device_count()
             if own >= count:
                 raise InputError(f"this machine has {count} CUDA devices: start no more processes")
             torch.cuda.set_device(own)
         torch.ones(1, device=device).add(1).item()
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:  # a card that this PyTorch is not built for, or one in use
+    except RuntimeError as error:
         raise InputError(
-            f"{describe_device(device)} is here but does not compute "
-            f"({str(error).splitlines()[0]}): install a PyTorch that is built for it "
-            "(pytorch.org/get-started), or use --device cpu"
+            f"{describe_device(device)} cannot be used ({first_line(error)}): end what else uses "
+            "it, install a PyTorch that is built for it (pytorch.org/get-started), or use --device "
+            "cpu"
         ) from error
     return device
 

@@ -1,6 +1,5 @@
 """The teacher's latents and outputs. The images never change, so one pass serves every epoch."""
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -31,7 +30,7 @@ def check_memory(count, latent_dim):
     if count * each > room:
         raise InputError(
             f"the teacher's outputs for {count:,} images take {count * each / 1e9:.1f} GB, and the "
-            f"device has {room / 1e9:.1f} GB left for them: use --limit {max(0, room) // each}, or "
+            f"device has room for {max(0, room) // each:,} of them: use fewer images (--limit), or "
             "--device cpu"
         )
 
@@ -76,14 +75,13 @@ def check_teacher(teacher, images, path, latent_dim):
 
 @torch.no_grad()
 def compute_outputs(teacher, images, precision):
-    mus, logits = [], torch.empty(images.shape, dtype=torch.half, device=images.device)
-    chunks = zip(images.split(EVALUATION_BATCH), logits.split(EVALUATION_BATCH))
-    total = math.ceil(len(images) / EVALUATION_BATCH)
-    for chunk, made in progress_bar(
-        chunks, total=total, desc="teacher's outputs", unit="batch", leave=False
-    ):
+    # In place, since a list and what it is joined to would take twice the memory.
+    logits = torch.empty(images.shape, dtype=torch.half, device=images.device)
+    mu = torch.empty(len(images), teacher.latent_dim, device=images.device)
+    chunks = list(zip(*(x.split(EVALUATION_BATCH) for x in (images, mu, logits))))
+    for chunk, *made in progress_bar(chunks, desc="teacher's outputs", unit="batch", leave=False):
         with autocast(images.device, precision):
-            mu, _ = teacher.encode(to_float(chunk))
-            made.copy_(teacher.decode_logits(mu))
-        mus.append(mu.float())
-    return torch.cat(mus), logits
+            code, _ = teacher.encode(to_float(chunk))
+            made[0].copy_(code)
+            made[1].copy_(teacher.decode_logits(code))
+    return mu, logits

@@ -1,6 +1,7 @@
 """`fit` trains any objective: a module whose forward returns the named terms of a loss."""
 
 import contextlib
+import functools
 import math
 import time
 
@@ -11,7 +12,7 @@ from common.data import shuffled_batches, to_float
 from common.distributed import average, data_parallel, own_rows
 from common.metrics import EVALUATION_BATCH, evaluate_vae, sampled_mse
 from common.optimizer import make_optimizers, one_cycle
-from common.runtime import InputError, autocast, is_out_of_memory, progress_bar
+from common.runtime import InputError, autocast, first_line, is_out_of_memory, progress_bar
 from common.storage import load_checkpoint
 
 CALIBRATION_IMAGES = 5000  # training images that BatchNorm's statistics are taken from
@@ -69,7 +70,7 @@ def fit(objective, run, name, epochs, optimizer, learning_rate, targets=(), resu
         trained = torch.compile(trained, mode="reduce-overhead" if device.type == "cuda" else None)
     desc = "teacher, stage 1 of 2" if name == "teacher" else name  # the time left is of one stage
     bar = progress_bar(total=epochs * steps, initial=len(rows) * steps, desc=desc, unit="step")
-    with bar, naming_batch_size(s.batch_size):
+    with bar, explain_out_of_memory(s.batch_size):
         for epoch in range(len(rows) + 1, epochs + 1):
             start = time.perf_counter()
             network.train()
@@ -119,29 +120,30 @@ def fit(objective, run, name, epochs, optimizer, learning_rate, targets=(), resu
             yield save_state(name, objective, parts, order, device, rows)
 
 
+@functools.cache  # both stages ask
 def can_compile(device):
     """Whether torch.compile works here; prints why not, such as for want of a compiler."""
     try:
         torch.compile(torch.neg)(torch.ones(1, device=device))
     except Exception as error:  # of a class for each compiler
-        reason = str(error).splitlines()[0]
-        print(f"Steps are not compiled, since torch.compile does not work here ({reason})")
+        print(
+            f"Steps are not compiled, since torch.compile does not work here ({first_line(error)})"
+        )
         return False
     return True
 
 
 @contextlib.contextmanager
-def naming_batch_size(batch_size):
-    """Within it, InputError where memory, the device's above all, does not hold a batch."""
+def explain_out_of_memory(batch_size):
+    """Raise InputError that names the batch size where memory runs out within the block."""
     try:
         yield
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(
-            f"out of memory with batches of {batch_size} images; finished epochs are saved: use a "
-            f"smaller --batch-size, or --device cpu ({reason})"
+            f"out of memory in training with batches of {batch_size} images; finished epochs are "
+            f"saved: use a smaller --batch-size, or --device cpu ({first_line(error)})"
         ) from error
 
 
@@ -261,7 +263,7 @@ def restore(path, objective, parts, order, device):
     except (KeyError, IndexError, RuntimeError, ValueError, TypeError, AttributeError) as error:
         if is_out_of_memory(error):  # says nothing against the file
             raise
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise InputError(
             f"{path} cannot be resumed from ({reason}): --overwrite starts again"
         ) from error

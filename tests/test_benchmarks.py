@@ -11,7 +11,7 @@ from benchmarks import gpu, scaling, speed
 from common.losses import TERMS
 from common.runtime import InputError
 from common.settings import parse_settings
-from tests.testing import TINY, read_csv
+from tests.testing import TINY, folders, read_csv
 
 SMALL = ("--limit", "70", "--batch-size", "16", "--repeats", "1", "--device", "cpu")
 
@@ -89,45 +89,59 @@ def test_the_scaling_counts_the_images_of_all_processes(tmp_path):
         scaling.main([*flags, "--processes", "1", "--batch-size", "128"])
 
 
-def test_the_first_run_on_a_gpu_times_a_step_and_extrapolates(tmp_path, monkeypatch, capsys):
+def test_the_first_run_on_a_gpu_times_a_step_and_reports_what_fails(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gpu, "time_loop", lambda *_: {"teacher": 2.0, "student": 3.0})
+    monkeypatch.setitem(gpu.VARIANTS, "adam", ("--warmup=0.1", "--no-such-flag"))
     flags = ("--device", "cpu", "--limit", "142", "--epochs", "2", "--output-dir", str(tmp_path))
-    gpu.main([*flags, "--no-check", "--timed", "no vgg,loop"])
-    ours, loop = json.loads((tmp_path / "bench_gpu.json").read_text())["ways"]
-    assert 1 < ours["student"] < ours["teacher"]
-    # 703 steps an epoch, of 20 and of 100
+    with pytest.raises(InputError, match=r"^time adam failed, .* error: .*--no-such-flag"):
+        gpu.main([*flags, "--no-check", "--timed", "no vgg,adam,plain loop"])
+    result = json.loads((tmp_path / "bench_gpu.json").read_text())
+    ours, loop = result["rows"]
+    assert ours["variant"] == "no vgg" and 1 < ours["student"] < ours["teacher"]
+    recipe = parse_settings(vars(distill_tinyvae), [])
+    assert {"teacher": recipe.teacher_epochs, "student": recipe.epochs} == gpu.FULL_EPOCHS
+    assert 45_000 // recipe.batch_size == gpu.EPOCH_STEPS
     assert loop["full_recipe_minutes"] == pytest.approx((20 * 703 * 2 + 100 * 703 * 3) / 60_000)
-    assert "20 + 100 epochs, minutes" in capsys.readouterr().out
+    assert list(result["failed"]) == ["time adam"]
+    assert "full recipe, minutes" in capsys.readouterr().out
 
 
 def test_noise_from_the_cpu_is_the_same_on_any_device(tmp_path, monkeypatch):
     drawn = []
 
     def randn(*size, **options):
-        drawn.append(options)
-        return torch.zeros(size)
+        drawn.append("device" in options)
+        return torch.zeros(*size)
 
     monkeypatch.setattr(torch, "randn", randn)
-    gpu.train(tmp_path, "cpu", *TINY, "--teacher", "none", "--epochs", "1")
+    gpu.train_with_cpu_noise(*TINY, *folders(tmp_path), "--teacher", "none", "--epochs", "1")
     assert drawn and not any(drawn)
-    assert (tmp_path / "peak").read_text() == "0"
 
 
 @pytest.mark.parametrize(
     ("losses", "message"),
-    [((0.5, 0.4), None), ((0.5, 0.4001), None), ((0.5, 0.401), r"by up to 0\.25%"),
-     ((0.5, float("nan")), "by up to nan")],
+    [((0.5, 0.4), None), ((0.5, 0.4001), None), ((0.5, 0.401), r"by 0\.250%"),
+     ((0.5, float("nan")), "by inf")],
 )
 def test_a_gpu_that_computes_something_else_is_noticed(losses, message, monkeypatch):
-    def run(noise_from, device, *flags):
-        assert noise_from == "cpu" and "--precision=fp32" in flags
-        stage = "student" if f"--teacher={gpu.TEACHER}" in flags else "teacher"
-        other = losses if device == "cuda" and stage == "student" else (0.5, 0.4)
-        return [{"stage": stage, "loss": str(loss)} for loss in other], 0
+    def run(program, device, *flags):
+        assert program is gpu.WITH_CPU_NOISE and "--precision=fp32" in flags
+        return [{"stage": "student", "loss": loss} for loss in
+                (losses if device == "--device=cuda" else (0.5, 0.4))], ""
 
     monkeypatch.setattr(gpu, "run", run)
     if message:
         with pytest.raises(InputError, match=f"the student's loss on cuda differs .* {message}"):
-            gpu.check("cuda", 0.0005)
+            gpu.check("student", "cuda", 0.0005)
     else:
-        assert gpu.check("cuda", 0.0005)["teacher"] == 0
+        assert gpu.check("student", "cuda", 0.0005) < 0.0005
+
+
+def test_steps_that_are_not_compiled_are_not_timed_as_compiled(monkeypatch):
+    rows = [{"stage": stage, "ms_per_step": "2"} for stage in ("teacher", "student")]
+    printed = "Steps are not compiled, since (no compiler)\nPeak GPU memory: 1.25 GiB, beside"
+    monkeypatch.setattr(gpu, "run", lambda *_: (rows, printed))
+    with pytest.raises(InputError, match=r"not compiled, since \(no compiler\)$"):
+        gpu.time_step("compiled", "cuda", 100, 2)
+    printed = printed.partition("\n")[2]
+    assert gpu.time_step("compiled", "cuda", 100, 2)["peak_gib"] == 1.25
