@@ -2,6 +2,8 @@
 
 import json
 import sys
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -90,11 +92,12 @@ def test_the_scaling_counts_the_images_of_all_processes(tmp_path):
 
 
 def test_the_first_run_on_a_gpu_times_a_step_and_reports_what_fails(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(gpu, "time_loop", lambda *_: {"teacher": 2.0, "student": 3.0})
-    monkeypatch.setitem(gpu.VARIANTS, "adam", ("--warmup=0.1", "--no-such-flag"))
+    outcomes = {"teacher": 2.0, "student": 3.0}, InputError("ours could not train")
+    monkeypatch.setattr(gpu, "time_loop", Mock(side_effect=outcomes))
+    monkeypatch.setitem(gpu.VARIANTS, "adam", None)
     flags = ("--device", "cpu", "--limit", "142", "--epochs", "2", "--output-dir", str(tmp_path))
-    with pytest.raises(InputError, match=r"^time adam failed, .* error: .*--no-such-flag"):
-        gpu.main([*flags, "--no-check", "--timed", "no vgg,adam,plain loop"])
+    with pytest.raises(InputError, match=r"^time adam failed, ours could not train$"):
+        gpu.main([*flags, "--no-check", "--timed", "no vgg,plain loop,adam"])
     result = json.loads((tmp_path / "bench_gpu.json").read_text())
     ours, loop = result["rows"]
     assert ours["variant"] == "no vgg" and 1 < ours["student"] < ours["teacher"]
@@ -104,6 +107,17 @@ def test_the_first_run_on_a_gpu_times_a_step_and_reports_what_fails(tmp_path, mo
     assert loop["full_recipe_minutes"] == pytest.approx((20 * 703 * 2 + 100 * 703 * 3) / 60_000)
     assert list(result["failed"]) == ["time adam"]
     assert "full recipe, minutes" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("stderr", "reason"),
+    [("warming up\nerror: no such file\n", "error: no such file"),
+     ("Traceback\n  File\ntorch.AcceleratorError: CUDA error: out of memory\nCUDA kernel errors "
+      "might be late\n", "torch.AcceleratorError: CUDA error: out of memory"),
+     ("", "exit code 9")],
+)
+def test_of_a_process_that_fails_the_error_is_told(stderr, reason):
+    assert speed.error_of(SimpleNamespace(stderr=stderr, returncode=9)) == reason
 
 
 def test_noise_from_the_cpu_is_the_same_on_any_device(tmp_path, monkeypatch):

@@ -338,7 +338,7 @@ def test_mps_has_every_operation_of_a_step_by_pytorchs_own_list():
         written_for = [",".join(e.get("dispatch", ["Composite"])) for e in overloads]
         return any("MPS" in devices or "Composite" in devices for devices in written_for)
 
-    for stage in STAGES.values():
+    for stage in (STAGES["teacher"], STAGES["nats held"]):  # which has all that the others have
         operations = count_operations(stage, "adam" if stage[0] == "teacher" else "muon")
         assert [name for name in operations if not is_on_mps(name)] == []
     assert not is_on_mps("_linalg_eigvals")
