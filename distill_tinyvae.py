@@ -1,6 +1,6 @@
 """Distil a VAE of 512 latents into TinyVAE32: 64 latents, 294,403 parameters.
 
-    python distill_tinyvae.py --demo      # without downloads or photographs: 40 s on 2 cores
+    python distill_tinyvae.py --demo      # without downloads or photographs: about a minute
     python distill_tinyvae.py             # CIFAR-10 and ImageNet VGG16, both downloaded (700 MB)
     python distill_tinyvae.py --teacher PATH              # a teacher that is trained already
     python distill_tinyvae.py --teacher none              # the same student without one

@@ -79,9 +79,10 @@ def compute_outputs(teacher, images, precision):
     logits = torch.empty(images.shape, dtype=torch.half, device=images.device)
     mu = torch.empty(len(images), teacher.latent_dim, device=images.device)
     chunks = list(zip(*(x.split(EVALUATION_BATCH) for x in (images, mu, logits))))
-    for chunk, *made in progress_bar(chunks, desc="teacher's outputs", unit="batch", leave=False):
+    bar = progress_bar(chunks, desc="teacher's outputs", unit="batch", leave=False)
+    for chunk, chunk_mu, chunk_logits in bar:
         with autocast(images.device, precision):
             code, _ = teacher.encode(to_float(chunk))
-            made[0].copy_(code)
-            made[1].copy_(teacher.decode_logits(code))
+            chunk_mu.copy_(code)
+            chunk_logits.copy_(teacher.decode_logits(code))
     return mu, logits
