@@ -36,11 +36,10 @@ from common.losses import (
     without_grid,
 )
 from common.metrics import encode_means
-from common.runtime import DTYPES, pick_device, run_script
+from common.runtime import pick_device, run_script
 from common.settings import parse_settings
 from common.teacher_outputs import teacher_outputs
 from common.training import Objective, fit
-from common.vgg import VGGFeatures
 from standard_vae import StandardVAE
 from tiny_vae_32 import TinyVAE32
 
@@ -93,6 +92,7 @@ SEED: kind.Seed = 0  # of weights, image order and latent samples
 # --- Machine ---
 DEVICE: kind.Device = "auto"  # auto (cuda, then mps, then cpu), cuda, cpu or mps
 PRECISION: kind.Precision = "auto"  # fp32, bf16, fp16; auto: 16 bits on CUDA, fp32 elsewhere
+PERCEPTUAL_PRECISION: kind.Precision = "auto"  # of VGG16, for which bf16 is enough; auto: as above
 COMPILE: kind.Switch = False  # torch.compile; on CUDA with CUDA graphs
 
 # --- Files ---
@@ -271,9 +271,8 @@ def distil_student(run, teacher, teacher_rows):
         projection = make_projection(
             s.projection, outputs.mu, run.images, student.latent_dim, student_mu
         )
-    vgg = VGGFeatures(run.vgg, DTYPES[run.precision]) if run.vgg else None
     objective = StudentObjective(
-        student, run.weights, s, projection, outputs and outputs.val_mu, vgg
+        student, run.weights, s, projection, outputs and outputs.val_mu, run.vgg
     ).to(run.device)
     targets = (outputs.mu, outputs.logits) if outputs else ()
     resume_from = runs.state_to_resume(run, runs.STUDENT_STATE)

@@ -15,8 +15,8 @@ TEACHER_RECIPE = (
 # instead of their names.
 NOT_COMPARED = {
     *NOT_RECORDED, *TEACHER_SHAPE, *STUDENT_SHAPE, "data", "limit", "teacher_images", "teacher",
-    "vgg", "start", "skip_unreadable", "device", "precision", "compile", "save_every",
-    "tensorboard", "demo",
+    "vgg", "start", "skip_unreadable", "device", "precision", "perceptual_precision", "compile",
+    "save_every", "tensorboard", "demo",
 }
 COMPARED = (
     "with_teacher", "pixels_sha256", "vgg_sha256", "teacher_sha256", "teacher_architecture",

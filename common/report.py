@@ -32,7 +32,10 @@ def print_summary(run):
         notes.append(f"output {softened if s.teacher else 'compares with the image'}")
     if "perceptual" in weights:
         seen = s.perceptual_images or "all"
-        notes.append(f"perceptual × {s.perceptual_scale:g}, of {seen} images of a batch")
+        precision = record["perceptual_precision"]
+        notes.append(
+            f"perceptual × {s.perceptual_scale:g}, of {seen} images of a batch, in {precision}"
+        )
     if left_out := [term for term in TERMS if term not in weights]:
         notes.append(f"left out: {', '.join(left_out)}")
     if s.teacher is None:

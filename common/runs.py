@@ -23,7 +23,14 @@ from common.recipe import (
     check_recipe,
 )
 from common.report import PICTURES, TENSORBOARD, draw, log_epoch
-from common.runtime import InputError, describe_device, pick_precision, require, versions
+from common.runtime import (
+    DTYPES,
+    InputError,
+    describe_device,
+    pick_precision,
+    require,
+    versions,
+)
 from common.settings import Settings
 from common.storage import (
     check_writable,
@@ -35,7 +42,7 @@ from common.storage import (
     write_json,
 )
 from common.teacher_outputs import check_memory, check_teacher
-from common.vgg import load_vgg16
+from common.vgg import VGGFeatures, load_vgg16
 from standard_vae import StandardVAE
 from tiny_vae_32 import TinyVAE32
 
@@ -66,7 +73,7 @@ class Run:
     precision: str             # fp32, bf16 or fp16
     images: torch.Tensor       # to train on, uint8, N×3×32×32, on the device
     val_images: torch.Tensor   # held out, likewise
-    vgg: nn.Module | None      # VGG16's layers
+    vgg: nn.Module | None      # VGGFeatures
     teacher: nn.Module | None  # that of --teacher PATH
     student: nn.Module | None  # that of --start
     record: dict               # settings, data, weights, device: goes into each file
@@ -102,7 +109,9 @@ def load(settings, weights, device):
     Raises InputError for what cannot be loaded.
     """
     s = settings
-    precision = pick_precision(s.precision, device)
+    precision = vgg_precision = pick_precision(s.precision, device)
+    if s.perceptual_precision != "auto":
+        vgg_precision = pick_precision(s.perceptual_precision, device)
     teacher, teacher_checkpoint, teacher_record = load_given_teacher(s)
     student = load_model(s.start, TinyVAE32)[0] if s.start else None
     with first_process_first():
@@ -111,6 +120,7 @@ def load(settings, weights, device):
             s.skip_unreadable,
         )
         vgg, vgg_record = load_vgg16(s.vgg if "perceptual" in weights else "none", s.seed)
+    vgg = vgg and VGGFeatures(vgg, DTYPES[vgg_precision])
     with torch.device("meta"):  # for its description alone
         shape = TinyVAE32(*(getattr(s, name) for name in STUDENT_SHAPE)).architecture
     shape = student.architecture if student else shape
@@ -131,6 +141,7 @@ def load(settings, weights, device):
         "device": device.type,
         "device_name": describe_device(device),
         "precision": precision,
+        "perceptual_precision": vgg_precision if vgg else None,
         "processes": world_size(),
         "versions": versions(),
     }

@@ -27,8 +27,8 @@ class VGGFeatures(nn.Module):
 
     Args:
         layers: VGG16's `features` through relu3_3, from `load_vgg16`.
-        dtype: of the convolutions' weights. In 16-bit autocast they are frozen and would be cast
-            again in every call; cast here, they give the same features.
+        dtype: that the convolutions are computed in, whatever autocast says around them. The
+            features are in fp32.
     """
 
     def __init__(self, layers, dtype=torch.float32):
@@ -39,12 +39,13 @@ class VGGFeatures(nn.Module):
         self.register_buffer("std", torch.tensor(IMAGENET_STD).view(1, 3, 1, 1))
 
     def forward(self, images):
-        x = (images - self.mean) / self.std
+        x = ((images - self.mean) / self.std).to(self.layers[0].weight.dtype)
         found = []
-        for i, layer in enumerate(self.layers):
-            x = layer(x)
-            if i in VGG_LAYERS.values():
-                found.append(F.normalize(x.float(), dim=1, eps=1e-6))
+        with torch.autocast(images.device.type, enabled=False):
+            for i, layer in enumerate(self.layers):
+                x = layer(x)
+                if i in VGG_LAYERS.values():
+                    found.append(F.normalize(x.float(), dim=1, eps=1e-6))
         return found
 
 

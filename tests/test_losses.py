@@ -1,6 +1,7 @@
 """The terms of the loss, and the projection of the teacher's code, in depth. test_references.py
 compares them with other libraries."""
 
+import copy
 import functools
 import math
 
@@ -90,6 +91,20 @@ def test_perceptual_term_sees_differences_and_trains_only_the_images():
     assert losses.perceptual_loss(layers, images + change, images) == pytest.approx(
         expected, rel=1e-4
     )
+
+
+@pytest.mark.parametrize("around", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_vgg16_has_a_precision_of_its_own(dtype, around):
+    layers, _ = vgg.load_vgg16("random", seed=0)
+    images = random_images(2)
+    exact = vgg.VGGFeatures(copy.deepcopy(layers))(images)
+    with torch.autocast("cpu", torch.bfloat16, enabled=around == torch.bfloat16):
+        features = vgg.VGGFeatures(layers, dtype)(images)
+    for layer, same in zip(features, exact):
+        assert layer.dtype == torch.float32
+        assert torch.equal(layer, same) == (dtype == torch.float32)
+        torch.testing.assert_close(layer, same, atol=0.01, rtol=0)
 
 
 def test_a_grid_that_all_reconstructions_share_is_not_seen_and_earns_nothing():

@@ -28,7 +28,8 @@ from common import (
     teacher_outputs,
     training,
 )
-from common.runtime import InputError
+from common.runtime import DTYPES, InputError
+from common.settings import parse_settings
 from standard_vae import StandardVAE
 from tests.testing import (
     TINY,
@@ -322,6 +323,22 @@ def test_without_a_term_that_needs_a_teacher_none_is_trained_and_bf16_trains(
     config = json.loads((tmp_path / "outputs" / "config.json").read_text())
     assert config["perceptual_weight"] == 0 and config["vgg"] == "none"
     assert config["precision"] == "bf16"
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [((), "fp32"), (("--precision", "bf16"), "bf16"), (("--perceptual-precision", "bf16"), "bf16"),
+     (("--precision", "bf16", "--perceptual-precision", "fp32"), "fp32"),
+     (("--perceptual-weight", "0"), None)],
+)
+def test_vgg16_has_the_runs_precision_or_its_own(flags, expected):
+    given = ("--data", "dead-leaves", "--limit", "70", "--teacher", "none", "--vgg", "random")
+    s = parse_settings(vars(distill_tinyvae), (*given, *flags))
+    run = runs.load(s, distill_tinyvae.term_weights(s), torch.device("cpu"))
+    assert run.record["perceptual_precision"] == expected
+    assert bool(run.vgg) == bool(expected)
+    if run.vgg:
+        assert run.vgg.layers[0].weight.dtype == DTYPES[expected]
 
 
 def test_a_teacher_that_is_given_is_taken_in_place_of_stage_1(

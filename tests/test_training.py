@@ -10,9 +10,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import distill_tinyvae
 from common import data, losses, metrics, optimizer, storage, synthetic, training
-from common.runtime import InputError
+from common.runtime import DTYPES, InputError
 from distill_tinyvae import TeacherObjective
 from tests.testing import (
     random_normal,
@@ -343,7 +342,7 @@ def test_a_step_reads_no_value_on_the_device_but_now_and_then(stage, precision, 
     if stage == "teacher":
         objective = TeacherObjective(TinyVAE32(), 0.01)
     else:
-        dtype = distill_tinyvae.DTYPES[precision]
+        dtype = DTYPES[precision]
         objective = student_objective(rate=50.0, perceptual_images=1, precision=dtype)
         targets = random_normal(24, 96), random_normal(24, 3, 32, 32)
     seen, waits, after_step = [], Waits(), objective.after_step
