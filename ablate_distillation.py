@@ -148,14 +148,12 @@ def draw_variants(path, summary, title):
     save_figure(figure, path)
 
 
-def ablate(settings):
-    s = settings
+def main(argv=()):
+    s = parse_settings(globals(), argv)
     names = [name for name in CHANGES if name in ("full", "scratch", *s.variants)]
     if s.vgg == "none":  # as full
         names = [name for name in names if name != "no perceptual"]
-    comparison = Comparison(
-        s, "ablation", split=s.split, judge=s.judge, judged=s.judged, needs_teacher=True
-    )
+    comparison = Comparison(s, "ablation", split=s.split, judge=s.judge, judged=s.judged)
     check_writable(comparison.folder)
     check_writable(s.output_dir)
     comparison.print_summary(
@@ -186,10 +184,6 @@ def ablate(settings):
         "accuracy from mu."
     )
     print(f"\nWritten:\n  {csv_path}\n  {png_path}\n  {comparison.folder}/")
-
-
-def main(argv=()):
-    ablate(parse_settings(globals(), argv))
 
 
 if __name__ == "__main__":

@@ -142,11 +142,9 @@ def refuse_chain(settings, teacher):
         latents, name = wanted, f"stage {i + 1}"
 
 
-def distil_in_stages(settings):
-    s = settings
-    comparison = Comparison(
-        s, "progressive", split=s.split, judge=s.judge, judged=s.judged, needs_teacher=True
-    )
+def main(argv=()):
+    s = parse_settings(globals(), argv)
+    comparison = Comparison(s, "progressive", split=s.split, judge=s.judge, judged=s.judged)
     refuse_chain(s, comparison.teacher)
     check_writable(comparison.folder)
     check_writable(s.output_dir)
@@ -165,10 +163,6 @@ def distil_in_stages(settings):
         "those of the teacher's training. VGG distance: of --judge."
     )
     print(f"\nWritten:\n  {csv_path}\n  {comparison.folder}/")
-
-
-def main(argv=()):
-    distil_in_stages(parse_settings(globals(), argv))
 
 
 if __name__ == "__main__":

@@ -199,8 +199,8 @@ def draw_sizes(path, rows, title):
     save_figure(figure, path)
 
 
-def prune_all(settings):
-    s = settings
+def main(argv=()):
+    s = parse_settings(globals(), argv)
     student, checkpoint = load_model(find_student(s.student, s.checkpoint_dir), TinyVAE32)
     students = {ratio: prune(student, *pruned_widths(student, ratio)) for ratio in s.ratios}
     record = checkpoint.get("record", {})
@@ -232,10 +232,6 @@ def prune_all(settings):
         "four stages, into the decoder's four.\nVGG distance: of the features of --judge."
     )
     print(f"\nWritten:\n  {csv_path}\n  {png_path}\n  {comparison.folder}/")
-
-
-def main(argv=()):
-    prune_all(parse_settings(globals(), argv))
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from common.data import IMAGE_SHAPE
 from common.metrics import seconds_per_batch
 from common.models import count_macs, count_parameters
 from common.pictures import save_figure
-from common.runtime import InputError, first_line, print_table, require, run_script
+from common.runtime import InputError, explain_errors, print_table, require, run_script
 from common.settings import parse_settings
 from common.storage import check_writable, locked, write_csv
 from tiny_vae_32 import TinyVAE32
@@ -175,7 +175,10 @@ class Search:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         warnings.filterwarnings("ignore", "Fixed parameter")  # known shapes need not be in steps
-        try:
+        with explain_errors(
+            lambda reason: f"{path} cannot be used as an Optuna study ({reason}): try again, or "
+            "name another --checkpoint-dir"
+        ):
             study = optuna.create_study(
                 study_name=f"{s.epochs} epochs, {s.cost}, {s.budget or 'any size'}",
                 storage=optuna.storages.RDBStorage(
@@ -189,11 +192,6 @@ class Search:
                 directions=["minimize", "minimize"],  # cost, error
                 load_if_exists=True,
             )
-        except Exception as error:  # SQLAlchemy's, of many kinds
-            raise InputError(
-                f"{path} cannot be used as an Optuna study ({first_line(error)}): try "
-                "again, or name another --checkpoint-dir"
-            ) from error
         for name, cap in KNOWN.items():
             study.enqueue_trial(tiny_vae(cap), user_attrs={"name": name}, skip_if_exists=True)
         return study

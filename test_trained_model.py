@@ -108,7 +108,7 @@ def measure_vae(vae, images, precision, batch_size):
     return {
         "parameters": count_parameters(vae),
         "weight_bytes": weight_bytes(vae),
-        **evaluate_vae(vae, images, precision, with_ssim=True, with_detail=True),
+        **evaluate_vae(vae, images, precision, in_full=True),
         "ms_per_image": 1000 * seconds_per_batch(vae, single, precision),
         "images_per_second": len(batch) / seconds_per_batch(vae, batch, precision),
     }
@@ -132,7 +132,7 @@ def measure_pca(pca, images):
     return {
         "parameters": numbers,
         "weight_bytes": numbers * 4,
-        **evaluate_images(pca.reconstruct, images, with_ssim=True, with_detail=True),
+        **evaluate_images(pca.reconstruct, images, in_full=True),
     }
 
 
@@ -211,22 +211,6 @@ def swap_rows(figures, swap):
         }
         for encoder in ("student", "teacher")
     ]
-
-
-LEGEND = """
-smaller: the teacher's weights over these weights, both saved in fp32. PSNR: mean over images. SSIM:
-11×11 Gaussian window, sigma 1.5, windows wholly inside the image. active: latents whose mu has a
-variance above 0.01. ms/image: encode and decode one image; images/s: {batch} at once; medians of
-30. PCA: fitted to the training images, codes of {components} numbers for {pixels:,} pixel values.
-VGG distance: between VGG16 features of unit length, through relu3_3 (--judge). fixed grid: the
-largest size of a grid of period 2, 4 and 8 pixels that all reconstructions share; VGG16 takes one
-for texture, so it makes the VGG distance smaller. interpolation unevenness: how much the VGG
-distance varies from step to step of a straight line between two codes, std / mean. CKA: similarity
-of mu to the teacher's, 0 to 1. 5-NN, linear probe: class accuracy from mu. brightness, colour: how
-much of what varies within an image is kept, as the slope of the reconstruction on the original,
-each less its mean over the image; mean colour: the same of these means. Last table: the code of one
-encoder by the other's decoder, by way of a linear map between the two that is fitted to {mapped:,}
-training images (code_maps.pth)."""
 
 
 # --- All together ---
@@ -342,10 +326,7 @@ def main(argv=()):
         swap = measure_swap(swapped, teacher_mu, test.images)
         print()
         print_table(swap_rows(figures, swap))
-    print(LEGEND.format(
-        batch=settings.batch_size, components=settings.pca_components, pixels=PIXEL_VALUES,
-        mapped=min(SWAP_IMAGES, len(train.images)),
-    ))
+    print("\nThe columns are explained in docs/results.md, \"What the columns mean\".")
     evaluation = {
         "student": str(student_path),
         "teacher": str(teacher_path) if teacher_path else None,

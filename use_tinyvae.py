@@ -29,7 +29,7 @@ from common.losses import kl_divergence
 from common.metrics import EVALUATION_BATCH
 from common.models import load_any_teacher, load_model
 from common.pictures import draw_interpolations, image_rows, save_figure
-from common.runtime import InputError, pick_device, progress_bar, run_script
+from common.runtime import InputError, explain_errors, pick_device, progress_bar, run_script
 from common.settings import parse_settings
 from common.storage import check_writable, fingerprint, write_bytes
 from tiny_vae_32 import TinyVAE32
@@ -156,7 +156,7 @@ def reconstruct_in_tiles(vae, image, overlap, device):
 def read_latents(path, vae):
     """mu, N×latents, of a file that `--latents` wrote, and names. Raises InputError for what is no
     such file, or not of this student."""
-    try:
+    with explain_errors(lambda _: f"{path} is not a file of latents: name another"):
         content = np.load(path, allow_pickle=False)
         is_archive = not isinstance(content, np.ndarray)
         mu = torch.from_numpy(np.asarray(content["mu"] if is_archive else content, np.float32))
@@ -166,8 +166,6 @@ def read_latents(path, vae):
         own = fingerprint(vae)
         if is_archive and content.get("student", own) != own:
             print(f"Warning: {path} holds codes of another student than --checkpoint")
-    except Exception as error:  # a damaged file fails in many ways
-        raise InputError(f"{path} is not a file of latents: name another") from error
     if mu.ndim != 2 or mu.shape[1] != vae.latent_dim or not len(mu) or len(names) != len(mu):
         shape = "×".join(map(str, mu.shape))
         raise InputError(

@@ -120,17 +120,13 @@ class Comparison:
         split: val or test, to measure on.
         judge: VGG16 that measures VGG distance, or none.
         judged: images that the judge sees; 0: all.
-        needs_teacher: whether there is nothing to compare without one.
 
     Raises InputError where nothing names the images, and for what cannot be loaded.
     """
 
     def __init__(
-        self, settings, name, trained_on=None, split="val", judge="none", judged=0,
-        needs_teacher=False,
+        self, settings, name, trained_on=None, split="val", judge="none", judged=0
     ):
-        if settings.teacher == "train" or (needs_teacher and not settings.teacher):
-            raise InputError("a trained teacher is needed: name one, --teacher PATH")
         self.settings, self.split = settings, split
         self.folder = settings.checkpoint_dir / name
         self.device = pick_device(settings.device)

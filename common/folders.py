@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageOps
 
 from common.data import IMAGE_SIZE, Split
-from common.runtime import InputError, import_torchvision, is_out_of_memory, progress_bar
+from common.runtime import InputError, explain_errors, import_torchvision, progress_bar
 from common.storage import check_writable, load_checkpoint, save_checkpoint, write_bytes
 
 TRAIN_FOLDERS = ("train", "training")
@@ -214,15 +214,10 @@ def list_images(folder):
 def read_image(path):
     """PIL, RGB, turned as the camera says, transparent parts on white; of an animation the first
     frame. Raises InputError where it cannot be read."""
-    try:
-        with Image.open(path) as image:
-            return to_rgb(ImageOps.exif_transpose(image))
-    except Exception as error:  # PIL raises OSError, SyntaxError, ValueError and its own
-        if is_out_of_memory(error):
-            raise
-        raise InputError(
-            f"could not read the image {path} ({error}): replace or remove it"
-        ) from error
+    with explain_errors(
+        lambda reason: f"could not read the image {path} ({reason}): replace or remove it"
+    ), Image.open(path) as image:
+        return to_rgb(ImageOps.exif_transpose(image))
 
 
 def to_rgb(image):

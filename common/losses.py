@@ -210,17 +210,13 @@ def make_projection(kind, teacher_mu, images, latent_dim, student_mu=None, compo
             the code would first have to turn. `free` starts from these all the same.
         components: directions that Q chooses from, at most all there are; at least latent_dim.
 
-    Raises ValueError if the teacher has fewer latents than the student.
+    The teacher must have at least as many latents as the student, and there must be more images
+    than these.
     """
     if kind == "identity":
         return NoProjection()
-    teacher_dim = teacher_mu.shape[1]
-    if teacher_dim < latent_dim:
-        raise ValueError(
-            f"the teacher has {teacher_dim} latents, fewer than the student's {latent_dim}"
-        )
     # Fewer images span fewer directions; but for one for each latent, none without variance.
-    components = max(latent_dim, min(components, teacher_dim, len(teacher_mu) - 1))
+    components = max(latent_dim, min(components, teacher_mu.shape[1], len(teacher_mu) - 1))
     if kind == "principal":
         mean, whitening = principal_whitening(teacher_mu, components)
     else:

@@ -9,6 +9,7 @@ are no data: Lopes et al. 2017, arXiv:1710.07535.
 import torch
 
 from common.data import to_float
+from common.losses import covariance_of
 from common.metrics import EVALUATION_BATCH, decode, encode
 from common.runtime import InputError, progress_bar
 from common.sources import described, load_training_images
@@ -35,15 +36,13 @@ def code_statistics(teacher, images, precision="fp32"):
     for chunk in images.split(EVALUATION_BATCH):
         batch = to_float(chunk)
         mu, _ = encode(teacher, batch, precision)
-        mus.append(mu.cpu().double())
+        mus.append(mu)
         waves = torch.fft.rfft2((batch - decode(teacher, mu, precision)).cpu(), norm="ortho")
         spectrum = spectrum + torch.einsum("nchw,ndhw->hwcd", waves, waves.conj())
-    codes = torch.cat(mus)
-    centred = codes - codes.mean(0)
-    covariance = centred.T @ centred / len(codes)
+    mean, covariance = covariance_of(torch.cat(mus))
     return {
-        "codes": {"mean": codes.mean(0).float(), "covariance": covariance.float()},
-        "residual_spectrum": spectrum / len(codes),
+        "codes": {"mean": mean.float(), "covariance": covariance.float()},
+        "residual_spectrum": spectrum / len(images),
     }
 
 

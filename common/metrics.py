@@ -43,17 +43,17 @@ def ssim(images, others):
 
 
 @torch.no_grad()
-def evaluate_images(reconstruct, images, with_ssim=False, with_detail=False):
-    """Mean over images of MSE, PSNR (dB) and, if asked for, SSIM of `reconstruct(batch)`.
+def evaluate_images(reconstruct, images, in_full=False):
+    """Mean over images of MSE and PSNR (dB) of `reconstruct(batch)`.
 
-    With `with_detail` also luma_kept and chroma_kept, how much of the brightness and colour within
-    an image is kept: the slope of a least-squares line of reconstruction on original over all
-    pixels, each less its mean over the image; and mean_chroma_kept, the same of these means. Those
+    With `in_full` also SSIM; luma_kept and chroma_kept, how much of the brightness and colour
+    within an image is kept: the slope of a least-squares line of reconstruction on original over
+    all pixels, each less its mean over the image; mean_chroma_kept, the same of these means. Those
     are left out of which the originals have nothing, as of colour in grey images. And grid_2,
     grid_4 and grid_8: the largest size of a grid of that period in pixels that all reconstructions
     share (`fixed_grid`), which VGG16 takes for texture.
     """
-    columns = {"mse": [], "psnr": []} | ({"ssim": []} if with_ssim else {})
+    columns = {"mse": [], "psnr": []} | ({"ssim": []} if in_full else {})
     products = torch.zeros(3, 2, device=images.device)
     error = torch.zeros(IMAGE_SHAPE, device=images.device)
     for chunk in images.split(EVALUATION_BATCH):
@@ -62,9 +62,8 @@ def evaluate_images(reconstruct, images, with_ssim=False, with_detail=False):
         mse = (reconstruction - batch).square().mean((1, 2, 3))
         columns["mse"].append(mse)
         columns["psnr"].append(psnr(mse))
-        if with_ssim:
+        if in_full:
             columns["ssim"].append(ssim(reconstruction, batch))
-        if with_detail:
             products += detail_products(batch, reconstruction)
             error += (reconstruction - batch).sum(0)
     figures = {name: torch.cat(values).mean().item() for name, values in columns.items()}
@@ -72,7 +71,7 @@ def evaluate_images(reconstruct, images, with_ssim=False, with_detail=False):
     for name, (product, square) in zip(names, products.tolist()):
         if square > 1e-6 * len(images):
             figures[name] = product / square
-    if with_detail:
+    if in_full:
         for period in (2, 4, 8):
             grid = fixed_grid(error[None] / len(images), period)
             figures[f"grid_{period}"] = grid.abs().max().item()
@@ -117,7 +116,7 @@ def decode(vae, z, precision):
 
 
 @torch.no_grad()
-def evaluate_vae(vae, images, precision="fp32", with_ssim=False, with_detail=False):
+def evaluate_vae(vae, images, precision="fp32", in_full=False):
     """The figures of `evaluate_images`, and of the code. Leaves the model in evaluation mode.
 
     kl_nats is the total KL of an image in nats, kl_per_latent the same divided by the latents,
@@ -131,7 +130,7 @@ def evaluate_vae(vae, images, precision="fp32", with_ssim=False, with_detail=Fal
         codes.append(encode(vae, batch, precision))
         return decode(vae, codes[-1][0], precision)
 
-    figures = evaluate_images(reconstruct, images, with_ssim, with_detail)
+    figures = evaluate_images(reconstruct, images, in_full)
     mu, logvar = (torch.cat(values) for values in zip(*codes))
     kl_nats = kl_divergence(mu, logvar).sum(1).mean().item()
     return figures | {

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from common import own_teacher
 from common.data import IMAGE_SHAPE
 from common.other_checkpoints import adopt
-from common.runtime import InputError, first_line, is_out_of_memory
+from common.runtime import InputError, explain_errors
 from common.sources import load_test_images, load_training_images, warn_of_copies
 from common.storage import load_checkpoint
 from standard_vae import StandardVAE
@@ -52,30 +52,23 @@ def load_model(path, expected=None):
     if network is None or network is not (expected or network):
         needed = expected.__name__ if expected else " or a ".join(MODELS)
         raise InputError(f"{path} holds a {name}, but a {needed} is needed here")
-    try:
+    with explain_errors(
+        lambda reason: f"the weights in {path} do not fit its architecture: {reason}"
+    ):
         with torch.device("meta"):  # nothing is allocated before its size is known
             shapes = network(**arguments).state_dict()
         refuse_other_weights(checkpoint["model"], shapes)
         model = network(**arguments)
         model.load_state_dict(checkpoint["model"])
-    except (TypeError, ValueError, RuntimeError, AttributeError, OverflowError) as error:
-        if is_out_of_memory(error):
-            raise
-        reason = first_line(error)
-        raise InputError(f"the weights in {path} do not fit its architecture: {reason}") from error
     return model.eval(), checkpoint
 
 
 def load_any_teacher(path):
     """The same of a teacher, which may be any VAE: `own_teacher`."""
-    try:
+    with explain_errors(
+        lambda reason: f"common/own_teacher.py could not build a teacher from {path} ({reason})"
+    ):
         own = own_teacher.load(path)
-    except InputError:
-        raise
-    except Exception as error:  # the code is the user's
-        raise InputError(
-            f"common/own_teacher.py could not build a teacher from {path} ({error})"
-        ) from error
     return (own, {"architecture": own.architecture}) if own else load_model(path)
 
 

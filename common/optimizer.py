@@ -85,19 +85,18 @@ def orthogonalize(matrix, steps=5):
     return x.T.contiguous() if is_tall else x
 
 
-def make_optimizers(name, network, others, learning_rate):
+def make_optimizers(name, objective, learning_rate):
     """Adam for all that is trained; or for `muon`, Muon for the matrices and kernels of the network
-    and Adam for the rest.
+    and Adam for the rest, such as a projection, which has a geometry of its own.
 
     Args:
         name: `adam` or `muon`.
-        network: the VAE.
-        others: further parameters, with a geometry of their own: Adam's.
+        objective: an Objective of training.py.
         learning_rate: at its peak.
     """
-    parameters, matrices = list(network.parameters()), []
+    matrices = []
     if name == "muon":
-        matrices = [parameter for parameter in parameters if parameter.ndim > 1]
-        parameters = [parameter for parameter in parameters if parameter.ndim == 1]
-    adam = torch.optim.Adam(parameters + others, lr=learning_rate, fused=True)
+        matrices = [p for p in objective.network.parameters() if p.ndim > 1]
+    others = [p for p in objective.parameters() if p.requires_grad and p not in set(matrices)]
+    adam = torch.optim.Adam(others, lr=learning_rate, fused=True)
     return [adam, Muon(matrices, learning_rate)] if matrices else [adam]

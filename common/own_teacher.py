@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from common.data import IMAGE_SHAPE
-from common.runtime import InputError
+from common.runtime import InputError, explain_errors
 from standard_vae import StandardVAE
 
 LOGIT_EPSILON = 1e-3  # pixels end this far from 0 and 1, where logits would be infinite
@@ -79,13 +79,11 @@ class OwnTeacher(nn.Module):
 
 
 def attempt(name, function, argument):
-    try:
+    with explain_errors(
+        lambda reason: f"your teacher's {name} does not take {tuple(argument.shape)} ({reason}): "
+        "see OwnTeacher in common/own_teacher.py"
+    ):
         return function(argument)
-    except Exception as error:  # theirs may raise anything
-        raise InputError(
-            f"your teacher's {name} does not take {tuple(argument.shape)} ({error}): see "
-            "OwnTeacher in common/own_teacher.py"
-        ) from error
 
 
 def refuse(name, what):

@@ -94,7 +94,7 @@ def draw_colours(path, images, reconstructions, title):
     chosen = images[torch.cat(variety).topk(min(COLUMNS, len(images))).indices]
     rows = [("original", to_float(chosen))]
     for name, reconstruct in reconstructions.items():
-        figures = evaluate_images(reconstruct, chosen, with_detail=True)
+        figures = evaluate_images(reconstruct, chosen, in_full=True)
         if "chroma_kept" in figures:
             name += f"\n{figures['chroma_kept']:.0%} of colour"
         rows.append((name, reconstruct(to_float(chosen))))

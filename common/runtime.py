@@ -101,6 +101,18 @@ def is_out_of_memory(error):
     return is_onednn or any(sign in text for sign in signs)
 
 
+@contextlib.contextmanager
+def explain_errors(sentence):
+    """Within it, any error becomes an InputError of the text `sentence(reason)`, but an InputError,
+    and memory that is full, which says nothing against a file."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, InputError) or is_out_of_memory(error):
+            raise
+        raise InputError(sentence(first_line(error))) from error
+
+
 # --- Device and precision ---
 
 
@@ -245,11 +257,10 @@ def require(module, install="pip install -r requirements-dev.txt"):
 
 def import_torchvision():
     """torchvision, imported where it is needed: it is slow to load and picky about torch."""
-    try:
+    with explain_errors(
+        lambda reason: f"torchvision does not load beside torch {torch.__version__} ({reason}): "
+        "reinstall the two together with 'pip install --upgrade --force-reinstall torch "
+        "torchvision'"
+    ):
         import torchvision
-    except Exception as error:  # a mismatched build fails in many ways, by its own account
-        raise InputError(
-            f"torchvision does not load beside torch {torch.__version__} ({error}): reinstall "
-            "the two together with 'pip install --upgrade --force-reinstall torch torchvision'"
-        ) from error
     return torchvision

@@ -18,7 +18,7 @@ import torch
 
 from common.data import Split
 from common.folders import load_folder
-from common.runtime import InputError, download_timeout, import_torchvision, is_out_of_memory
+from common.runtime import InputError, download_timeout, explain_errors, import_torchvision
 from common.synthetic import SYNTHETIC, SYNTHETIC_IMAGES
 
 DATA_DIR = Path(__file__).resolve().parents[1] / "data"  # downloads and decoded folders
@@ -131,22 +131,20 @@ def load_split(source, split, skip_unreadable=False):
 
 def load_cifar10(root, split, download):
     datasets = import_torchvision().datasets
-    try:
-        with download_timeout():
-            dataset = datasets.CIFAR10(root, train=split == "train", download=download)
-    except Exception as error:  # URL, socket, disk and checksum errors have no narrower base
-        if is_out_of_memory(error):
-            raise
+
+    def sentence(reason):
         is_there = (root / CIFAR10_ARCHIVE).exists() or (root / CIFAR10_FOLDER).exists()
-        state = "incomplete or damaged in" if is_there else "not in"
-        message = f"CIFAR-10 is {state} {root}"
+        message = f"CIFAR-10 is {'incomplete or damaged in' if is_there else 'not in'} {root}"
         if download:
-            message += f" and could not be downloaded ({error}): put {CIFAR10_ARCHIVE} there"
+            message += f" and could not be downloaded ({reason}): put {CIFAR10_ARCHIVE} there"
         else:
-            message += f" ({error}): unpack {CIFAR10_ARCHIVE} there again"
-        raise InputError(
+            message += f" ({reason}): unpack {CIFAR10_ARCHIVE} there again"
+        return (
             f"{message}, name a folder of images with --data PATH, or use --data photo-crops or "
             "--demo"
-        ) from error
+        )
+
+    with explain_errors(sentence), download_timeout():
+        dataset = datasets.CIFAR10(root, train=split == "train", download=download)
     images = torch.from_numpy(dataset.data).permute(0, 3, 1, 2).contiguous()
     return Split(images, torch.tensor(dataset.targets))

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from filelock import FileLock, Timeout
 
-from common.runtime import InputError, is_out_of_memory, require
+from common.runtime import InputError, explain_errors, require
 
 
 def write_bytes(path, content):
@@ -146,31 +146,26 @@ def fingerprint(module):
 def load_checkpoint(path):
     """Read a checkpoint, or a .safetensors file, onto the CPU. Raises InputError if it is missing,
     damaged or holds code."""
-    try:
-        if Path(path).exists() and not Path(path).is_file():  # a device may have no end
-            raise OSError(errno.EINVAL, "a folder or a device, not a file")
-        if Path(path).suffix == ".safetensors":
-            checkpoint = require("safetensors.torch", "pip install safetensors").load_file(path)
-        else:
-            refuse_compressed(path)
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except InputError:
-        raise
-    except FileNotFoundError:
-        raise InputError(f"there is no checkpoint {path}: train one, or name another") from None
-    except OSError as error:
-        raise InputError(f"could not read {path} ({error.strerror})") from error
-    except pickle.UnpicklingError as error:
-        raise InputError(
-            f"{path} is not a checkpoint of plain data and was not loaded, since what else it "
-            "holds could run code: use one that this project wrote"
-        ) from error
-    except Exception as error:  # a damaged archive fails in many ways
-        if is_out_of_memory(error):
-            raise
-        raise InputError(
-            f"{path} is damaged or not a PyTorch checkpoint: delete it, or restore a copy"
-        ) from error
+    with explain_errors(
+        lambda _: f"{path} is damaged or not a PyTorch checkpoint: delete it, or restore a copy"
+    ):
+        try:
+            if Path(path).exists() and not Path(path).is_file():  # a device may have no end
+                raise OSError(errno.EINVAL, "a folder or a device, not a file")
+            if Path(path).suffix == ".safetensors":
+                checkpoint = require("safetensors.torch", "pip install safetensors").load_file(path)
+            else:
+                refuse_compressed(path)
+                checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        except FileNotFoundError:
+            raise InputError(f"there is no checkpoint {path}: train one, or name another") from None
+        except OSError as error:
+            raise InputError(f"could not read {path} ({error.strerror})") from error
+        except pickle.UnpicklingError as error:
+            raise InputError(
+                f"{path} is not a checkpoint of plain data and was not loaded, since what else it "
+                "holds could run code: use one that this project wrote"
+            ) from error
     if not isinstance(checkpoint, dict):
         raise InputError(f"{path} holds a {type(checkpoint).__name__}, not a checkpoint")
     return checkpoint

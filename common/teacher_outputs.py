@@ -17,9 +17,20 @@ class TeacherOutputs(NamedTuple):
     val_mu: torch.Tensor  # of the held-out images, M×latents
 
 
+@torch.no_grad()
 def teacher_outputs(teacher, run):
     """The TeacherOutputs of a run's images. `teacher` is on its device, in evaluation mode."""
-    mu, logits = compute_outputs(teacher, run.images, run.precision)
+    images = run.images
+    # In place, since a list and what it is joined to would take twice the memory.
+    logits = torch.empty(images.shape, dtype=torch.half, device=images.device)
+    mu = torch.empty(len(images), teacher.latent_dim, device=images.device)
+    chunks = list(zip(*(x.split(EVALUATION_BATCH) for x in (images, mu, logits))))
+    bar = progress_bar(chunks, desc="teacher's outputs", unit="batch", leave=False)
+    for chunk, chunk_mu, chunk_logits in bar:
+        with autocast(images.device, run.precision):
+            code, _ = teacher.encode(to_float(chunk))
+            chunk_mu.copy_(code)
+            chunk_logits.copy_(teacher.decode_logits(code))
     return TeacherOutputs(mu, logits, encode_means(teacher, run.val_images, run.precision))
 
 
@@ -71,18 +82,3 @@ def check_teacher(teacher, images, path, latent_dim):
             f"of mu above {ACTIVE_VARIANCE}), fewer than the student's {latent_dim}: the latent "
             "term can teach no more than these"
         )
-
-
-@torch.no_grad()
-def compute_outputs(teacher, images, precision):
-    # In place, since a list and what it is joined to would take twice the memory.
-    logits = torch.empty(images.shape, dtype=torch.half, device=images.device)
-    mu = torch.empty(len(images), teacher.latent_dim, device=images.device)
-    chunks = list(zip(*(x.split(EVALUATION_BATCH) for x in (images, mu, logits))))
-    bar = progress_bar(chunks, desc="teacher's outputs", unit="batch", leave=False)
-    for chunk, chunk_mu, chunk_logits in bar:
-        with autocast(images.device, precision):
-            code, _ = teacher.encode(to_float(chunk))
-            chunk_mu.copy_(code)
-            chunk_logits.copy_(teacher.decode_logits(code))
-    return mu, logits

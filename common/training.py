@@ -12,7 +12,14 @@ from common.data import shuffled_batches, to_float
 from common.distributed import average, data_parallel, own_rows
 from common.metrics import EVALUATION_BATCH, evaluate_vae, sampled_mse
 from common.optimizer import make_optimizers, one_cycle
-from common.runtime import InputError, autocast, first_line, is_out_of_memory, progress_bar
+from common.runtime import (
+    InputError,
+    autocast,
+    explain_errors,
+    first_line,
+    is_out_of_memory,
+    progress_bar,
+)
 from common.storage import load_checkpoint
 
 CALIBRATION_IMAGES = 5000  # training images that BatchNorm's statistics are taken from
@@ -54,9 +61,7 @@ def fit(objective, run, name, epochs, optimizer, learning_rate, targets=(), resu
     s, network, device = run.settings, objective.network, run.device
     network.check_range = False  # to_float makes the images; the check makes a GPU wait
     steps = len(run.images) // s.batch_size
-    own = [p for p in network.parameters() if p.requires_grad]
-    others = [p for p in objective.parameters() if p.requires_grad and all(p is not q for q in own)]
-    optimizers = make_optimizers(optimizer, network, others, learning_rate)
+    optimizers = make_optimizers(optimizer, objective, learning_rate)
     scaler = torch.amp.GradScaler(device.type, enabled=run.precision == "fp16")
     order = torch.Generator().manual_seed(s.seed)  # of the images
     parts = {"optimizers": optimizers, "scaler": [scaler]}
@@ -248,7 +253,9 @@ def save_state(name, objective, parts, order, device, rows):
 def restore(path, objective, parts, order, device):
     """Take up what `save_state` returned. Returns its rows; raises InputError where it cannot."""
     state = load_checkpoint(path)
-    try:
+    with explain_errors(
+        lambda reason: f"{path} cannot be resumed from ({reason}): --overwrite starts again"
+    ):
         objective.network.load_state_dict(state["model"])
         objective.load_state_dict(state["objective"], strict=False)
         for what, several in parts.items():
@@ -260,12 +267,5 @@ def restore(path, objective, parts, order, device):
         if device.type in state["random"] and device.type != "cpu":
             getattr(torch, device.type).set_rng_state(state["random"][device.type])
         rows = state["rows"]
-    except (KeyError, IndexError, RuntimeError, ValueError, TypeError, AttributeError) as error:
-        if is_out_of_memory(error):  # says nothing against the file
-            raise
-        reason = first_line(error)
-        raise InputError(
-            f"{path} cannot be resumed from ({reason}): --overwrite starts again"
-        ) from error
     print(f"Resuming the {state['stage']} after epoch {len(rows)}, from {path}")
     return rows

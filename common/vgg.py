@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common.runtime import InputError, download_timeout, import_torchvision, is_out_of_memory
+from common.models import refuse_other_weights
+from common.runtime import InputError, download_timeout, explain_errors, import_torchvision
 from common.storage import fingerprint, load_checkpoint
 
 # VGG16's convolutions through relu3_3, as torchvision numbers its `features`.
@@ -74,18 +75,14 @@ def load_vgg16(source, seed=0):
         return features, vgg_record(features, f"random, seed {seed}")
 
     if source == "imagenet":
-        try:
-            with download_timeout():
-                weights = models.VGG16_Weights.IMAGENET1K_V1.get_state_dict(
-                    progress=True, check_hash=True, weights_only=True
-                )
-        except Exception as error:  # URL, socket, disk and checksum errors have no narrower base
-            if is_out_of_memory(error):
-                raise
-            raise InputError(
-                f"the ImageNet weights of VGG16 could not be downloaded or read ({error}): name a "
-                "file that holds them with --vgg PATH, use --vgg random or --vgg none, or --demo"
-            ) from error
+        with explain_errors(
+            lambda reason: f"the ImageNet weights of VGG16 could not be downloaded or read "
+            f"({reason}): name a file that holds them with --vgg PATH, use --vgg random or --vgg "
+            "none, or --demo"
+        ), download_timeout():
+            weights = models.VGG16_Weights.IMAGENET1K_V1.get_state_dict(
+                progress=True, check_hash=True, weights_only=True
+            )
         description = "ImageNet, torchvision IMAGENET1K_V1"
     elif not Path(source).exists():
         raise InputError(
@@ -100,15 +97,10 @@ def load_vgg16(source, seed=0):
         raise InputError(
             f"{source} is not a VGG16 with torchvision's keys: {missing[0]} is missing"
         )
-    try:
-        features.load_state_dict(
-            {key.removeprefix("features."): weights[key].float() for key in VGG_KEYS}, assign=True
-        )
-    except RuntimeError as error:
-        if is_out_of_memory(error):
-            raise
-        reason = str(error).splitlines()[1].strip()  # the first line names only the class
-        raise InputError(f"the weights in {source} are not VGG16's: {reason}") from error
+    with explain_errors(lambda reason: f"the weights in {source} are not VGG16's: {reason}"):
+        weights = {key.removeprefix("features."): weights[key].float() for key in VGG_KEYS}
+        refuse_other_weights(weights, features.state_dict())
+        features.load_state_dict(weights, assign=True)
     return features, vgg_record(features, description)
 
 

@@ -289,14 +289,6 @@ def test_a_cifar10_other_than_the_original_is_refused(data_dir, monkeypatch):
     assert not (data_dir / "called").exists()
 
 
-def test_a_linked_class_folder_is_followed(data_dir):
-    write_images(data_dir / "elsewhere", 5)
-    write_images(data_dir / "photos" / "test", 2)
-    (data_dir / "photos" / "train").mkdir(parents=True)
-    (data_dir / "photos" / "train" / "cats").symlink_to(data_dir / "elsewhere")
-    assert len(sources.load_split(str(data_dir / "photos"), "train")[0].images) == 5
-
-
 def test_torchvision_that_does_not_load_is_explained(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchvision", None)
     with pytest.raises(InputError, match=r"torchvision does not load beside torch .*reinstall"):
@@ -304,12 +296,6 @@ def test_torchvision_that_does_not_load_is_explained(monkeypatch):
 
 
 # --- Batches and picks ---
-
-
-def test_an_epoch_shows_each_image_at_most_once():
-    steps = data.shuffled_batches(70, 32, torch.Generator().manual_seed(0))
-    assert steps.shape == (2, 32)
-    assert len(steps.unique()) == 64
 
 
 def test_images_picked_from_a_split_are_of_all_its_classes():

@@ -66,9 +66,7 @@ each_stage = pytest.mark.parametrize("stage", STAGES.values(), ids=STAGES)
 
 
 def optimizers_of(objective, name):
-    own = list(objective.network.parameters())
-    others = [p for p in objective.parameters() if p.requires_grad and all(p is not q for q in own)]
-    return make_optimizers(name, objective.network, others, 1e-3)
+    return make_optimizers(name, objective, 1e-3)
 
 
 def step(objective, optimizers, batch, scaler=None):

@@ -145,7 +145,7 @@ def test_vgg16_comes_from_where_it_is_said_to(tmp_path):
         vgg.load_vgg16("imagnet")
     weights["features.0.weight"] = torch.zeros(64, 3, 5, 5)
     torch.save(weights, tmp_path / "vgg.pth")
-    with pytest.raises(InputError, match=r"are not VGG16's: size mismatch for 0\.weight"):
+    with pytest.raises(InputError, match=r"are not VGG16's: 0\.weight is \[64, 3, 5, 5\], not"):
         vgg.load_vgg16(str(tmp_path / "vgg.pth"))
     del weights["features.0.weight"]
     torch.save(weights, tmp_path / "vgg.pth")
@@ -225,7 +225,7 @@ def test_projection_cannot_collapse(target):
         assert (projection.rotation.weight - before).abs().max() > 0.05  # it did learn
 
 
-def test_projection_works_for_a_teacher_without_variance_and_not_for_one_with_fewer_latents():
+def test_projection_works_for_a_teacher_without_variance():
     line = random_normal(50, 1) * torch.linspace(1, 2, 96)  # varies in one direction alone
     images = (255 * random_images(10)).byte()
     for kind in ("pixels", "principal"):
@@ -234,8 +234,6 @@ def test_projection_works_for_a_teacher_without_variance_and_not_for_one_with_fe
         projected = project(line, kind=kind)(line)
         assert projected[:, 0].std() > 0.9 and projected[:, 1:].abs().max() < 0.05
     assert project(random_normal(50, 16))(torch.ones(1, 16)).shape == (1, 16)
-    with pytest.raises(ValueError, match="8 latents, fewer than the student's 16"):
-        project(torch.ones(10, 8))
 
 
 @pytest.mark.parametrize("kind", ["pixels", "principal"])

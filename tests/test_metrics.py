@@ -31,11 +31,11 @@ def test_detail_kept_tells_brightness_from_colour():
         (lambda batch: metrics.luma_chroma(batch)[0].expand_as(batch), [1, 0, 0]),
         (lambda batch: (batch + mean(batch)) / 2, [0.5, 0.5, 1]),
     ):
-        figures = metrics.evaluate_images(reconstruct, images, with_detail=True)
+        figures = metrics.evaluate_images(reconstruct, images, in_full=True)
         kept = [figures[name] for name in ("luma_kept", "chroma_kept", "mean_chroma_kept")]
         assert kept == pytest.approx(expected, abs=1e-4)
     greys = images[:, :1].expand(-1, 3, -1, -1)
-    figures = metrics.evaluate_images(lambda batch: batch, greys, with_detail=True)
+    figures = metrics.evaluate_images(lambda batch: batch, greys, in_full=True)
     assert figures["luma_kept"] == pytest.approx(1)
     assert not {"chroma_kept", "mean_chroma_kept"} & set(figures)
 
@@ -47,7 +47,7 @@ def test_a_grid_that_all_reconstructions_share_is_found_at_its_period():
     def sizes(grid, period):
         tiled = grid.repeat(32 // period, 32 // period)
         figures = metrics.evaluate_images(
-            lambda batch: batch + 0.1 + tiled, images, with_detail=True
+            lambda batch: batch + 0.1 + tiled, images, in_full=True
         )
         return [figures[f"grid_{size}"] for size in (2, 4, 8)]
 
@@ -74,9 +74,9 @@ def test_ssim_agrees_with_the_definition():
 
 def test_evaluation_is_the_same_in_batches_of_any_size(monkeypatch):
     vae, images = TinyVAE32(), synthetic.dead_leaves(50, "test")
-    whole = metrics.evaluate_vae(vae, images, with_ssim=True)
+    whole = metrics.evaluate_vae(vae, images, in_full=True)
     monkeypatch.setattr(metrics, "EVALUATION_BATCH", 7)
-    parts = metrics.evaluate_vae(vae, images, with_ssim=True)
+    parts = metrics.evaluate_vae(vae, images, in_full=True)
     assert whole == pytest.approx(parts, rel=1e-4)
     assert metrics.psnr(torch.tensor([0.01, 0.001])).tolist() == pytest.approx([20, 30])
     reconstruction, mu, logvar = vae(data.to_float(images))

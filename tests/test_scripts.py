@@ -228,14 +228,6 @@ def test_the_comparison_with_scratch_is_made_at_the_same_nats():
     assert ablate_distillation.table_row(full, summary)["MSE × 1000"] == "9.900 ± 0.424"
 
 
-@pytest.mark.parametrize("teacher", [None, "train"])
-def test_what_compares_with_a_teacher_needs_a_trained_one(teacher, tmp_path):
-    settings = parse_settings(vars(ablate_distillation), [*folders(tmp_path)])
-    with pytest.raises(InputError, match="a trained teacher is needed: name one, --teacher PATH"):
-        ablate_distillation.ablate(settings.replace(teacher=teacher))
-    assert not list(tmp_path.iterdir())
-
-
 def test_an_ablation_resumes_where_it_stopped(
     tiny_run, tmp_path, capsys, monkeypatch, in_this_process, not_trained_again
 ):
@@ -431,9 +423,3 @@ def test_each_stage_learns_from_the_one_before(
         with pytest.raises(InputError, match=message):
             progressive_distillation.main([*flags, "--stages", stages])
     assert len(in_this_process) == 12
-
-
-def test_the_teachers_code_as_it_is_needs_as_many_latents(tiny_run, tmp_path):
-    run, _ = tiny_run
-    with pytest.raises(InputError, match="the teacher has 128 latents and the student 64"):
-        train(tmp_path, *teacher_of(run), "--projection", "identity")
