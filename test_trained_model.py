@@ -244,7 +244,10 @@ def load_images(settings, student_path, checkpoint):
         settings.data, settings.limit, student_path, record, settings.skip_unreadable
     )
     if images.record["pixels_sha256"] != record.get("pixels_sha256"):
-        print("images   not those the student was trained on, or not as many")
+        if record.get("data") == "none":
+            print("images   photographs, of which the student has seen none")
+        else:
+            print("images   not those the student was trained on, or not as many")
         if "evaluation" in checkpoint:
             print(
                 f"         On its own it has {checkpoint['evaluation']}.\n"
@@ -298,7 +301,7 @@ def main(argv=()):
     train, test = train.to(device), test.to(device)
     print(
         f"images   {data}: {len(test.images):,} of the test split; "
-        f"{len(train.images):,} to fit PCA and classifiers to\n"
+        f"{len(train.images):,} to fit PCA {'' if train.labels is None else 'and classifiers '}to\n"
         f"judge    {judge_record['vgg_weights']}\n"
         f"device   {describe_device(device)}, {precision}\n"
     )
@@ -350,7 +353,7 @@ def main(argv=()):
     draw_reconstructions(reconstructions, test.images, models, title)
     draw_interpolations(interpolations, test.images, models, title)
     draw_samples(samples, models, "decoded from z ~ N(0, I)")
-    what = f"{title}: the student's latents that carry most nats"
+    what = f"{title}: one image, and one latent of the student changed at a time"
     draw_traversal(traversal, test.images, models["student"], what)
     functions = {name: reconstruction_of(model) for name, model in models.items()}
     functions[f"PCA, {settings.pca_components}"] = pca.reconstruct

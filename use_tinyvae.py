@@ -59,7 +59,7 @@ DEVICE: kind.Device = "auto"  # auto (cuda, then mps, then cpu), cuda, cpu or mp
 # --- Files ---
 # a .png, or, with --tiles and --decode, a folder for one PNG a picture; None: in outputs/
 OUTPUT: kind.FileOrNone = None
-OVERWRITE: kind.Switch = False  # replace files that are there
+OVERWRITE: kind.Switch = False  # replace a named file that is there; those in outputs/ are always
 
 # --- Not settings ---
 COLUMNS = 10  # pictures side by side in a sheet
@@ -207,9 +207,9 @@ def output_paths(s, pictures, default, names=(), suffixes=(".png",)):
     elif path.suffix not in suffixes or path.is_dir():
         raise InputError(f"{path} must be a file that ends in {' or '.join(suffixes)}")
     there = [file for file in files if file.exists()]
-    if there and not s.overwrite:
+    if there and s.output and not s.overwrite:
         raise InputError(
-            f"{there[0]} is there already: --overwrite replaces it, another --output keeps it"
+            f"{there[0]} is there already: --overwrite replaces it, another name keeps it"
         )
     if replaced := [file for file in there if file.resolve() in read]:
         raise InputError(f"{replaced[0]} is read and would be replaced: name another output")
@@ -353,9 +353,9 @@ def draw_samples(s, pictures, networks, device):
 
 def interpolate(s, pictures, networks, device):
     """From one picture to another, along a straight line between their codes."""
-    (path,) = output_paths(s, pictures, "interpolated.png")
     if len(pictures) != 2:
         raise InputError(f"--interpolate needs two pictures, got {len(pictures)}")
+    (path,) = output_paths(s, pictures, "interpolated.png")
     images, names = load_pictures(s, pictures)
     draw_interpolations(path, images.to(device), networks, " to ".join(names))
     return [path]
@@ -363,9 +363,9 @@ def interpolate(s, pictures, networks, device):
 
 def find_nearest(s, pictures, networks, device):
     """The pictures whose mu is nearest to that of the first, by Euclidean distance."""
-    (path,) = output_paths(s, pictures, "nearest.png")
     if len(pictures) < 2:
         raise InputError("--nearest needs a picture and others to compare it with")
+    (path,) = output_paths(s, pictures, "nearest.png")
     images, names = load_pictures(s, pictures)
     rows, captions = [], []
     for name, vae in networks.items():

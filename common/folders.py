@@ -148,9 +148,9 @@ def refuse_unreadable(unreadable, listed=None):
             write_bytes(listed, "".join(f"{path}\n" for path in unreadable).encode())
             where = f"; all are listed in {listed}"
     raise InputError(
-        f"images that cannot be read, {len(unreadable):,} of them: replace or remove them; "
-        "distill_tinyvae.py, test_trained_model.py and use_tinyvae.py go on without those in "
-        f"folders with --skip-unreadable{where}{first}"
+        f"{len(unreadable):,} of the images cannot be read: replace or remove them, or leave out "
+        "those in folders with --skip-unreadable, a flag of distill_tinyvae.py, "
+        f"test_trained_model.py and use_tinyvae.py{where}{first}"
     )
 
 
@@ -206,8 +206,8 @@ def list_images(folder):
                 raise InputError(f"{path} is a device or a pipe, not an image: remove it")
             paths.append(path)
     if not paths:
-        left_out = some_of(sorted(others), "files of other types")
-        raise InputError(f"{folder} holds no images that Pillow opens, and {left_out}")
+        left_out = f", only {some_of(sorted(others), 'other files')}" if others else ""
+        raise InputError(f"{folder} holds no images that Pillow opens{left_out}")
     return Listing(sorted(paths), sorted(others), hidden)
 
 

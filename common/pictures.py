@@ -72,10 +72,11 @@ def draw_samples(path, models, title):
 
 @torch.no_grad()
 def draw_traversal(path, images, model, title):
-    """What single latents do to the middle image: a row for each of the latents that carry most
-    nats, the others held."""
-    nats = kl_divergence(*model.encode(to_float(images[:1000]))).mean(0)
-    start, _ = model.encode(to_float(images[len(images) // 2][None]))
+    """What single latents do to an image of middling contrast: a row for each of the latents that
+    carry most nats, the others held."""
+    images = to_float(images[:1000])
+    nats = kl_divergence(*model.encode(images)).mean(0)
+    start, _ = model.encode(images[images.var((1, 2, 3)).median(0).indices][None])
     values = torch.linspace(-REACH, REACH, STEPS, device=start.device)
     rows = []
     for latent in nats.topk(min(TRAVERSED, model.latent_dim)).indices:
@@ -112,7 +113,7 @@ def image_rows(rows, title, headings=()):
     rows = list(rows)
     columns = len(rows[0][1])
     figure = Figure(figsize=(columns * 0.95 + 0.9, len(rows) * 1.05 + 0.5), layout="constrained")
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(title, fontsize=10, wrap=True)
     axes = figure.subplots(len(rows), columns, squeeze=False)
     for row, (name, images) in zip(axes, rows):
         row[0].set_ylabel(name, fontsize=9, rotation=0, ha="right", va="center")

@@ -88,6 +88,8 @@ def draw(run, teacher, student, rows, when):
     curves, reconstructions, interpolations = map(run.output, PICTURES)
     draw_reconstructions(reconstructions, images, models, what)
     draw_interpolations(interpolations, images, models, what)
+    if run.teacher:  # that one's images may be others
+        rows = [row for row in rows if row["stage"] == "student"]
     sources = [] if run.record["data"] == "none" else [data]
     sources += ["pictures made by the teacher"] if run.record.get("made_images") else []
     draw_curves(curves, rows, f"Training on {' and '.join(sources)}")

@@ -115,11 +115,11 @@ def load(settings, weights, device):
     teacher, teacher_checkpoint, teacher_record = load_given_teacher(s)
     student = load_model(s.start, TinyVAE32)[0] if s.start else None
     with first_process_first():
+        vgg, vgg_record = load_vgg16(s.vgg if "perceptual" in weights else "none", s.seed)
         images = training_images(
             s.data, s.limit, s.teacher_images, s.seed, teacher, teacher_checkpoint, s.teacher,
             s.skip_unreadable,
         )
-        vgg, vgg_record = load_vgg16(s.vgg if "perceptual" in weights else "none", s.seed)
     vgg = vgg and VGGFeatures(vgg, DTYPES[vgg_precision])
     with torch.device("meta"):  # for its description alone
         shape = TinyVAE32(*(getattr(s, name) for name in STUDENT_SHAPE)).architecture

@@ -86,8 +86,8 @@ def load_vgg16(source, seed=0):
         description = "ImageNet, torchvision IMAGENET1K_V1"
     elif not Path(source).exists():
         raise InputError(
-            f"there is no file {source}: --vgg takes imagenet, random, none, or the path of a "
-            "state dict of VGG16"
+            f"there is no file {source}: name imagenet, random, none, or the path of a state dict "
+            "of VGG16"
         )
     else:
         weights = load_checkpoint(source)

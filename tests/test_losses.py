@@ -141,7 +141,7 @@ def test_vgg16_comes_from_where_it_is_said_to(tmp_path):
     assert torch.equal(loaded(random_images(1)), layers(random_images(1)))
     assert vgg.load_vgg16("none") == (None, {"vgg_weights": "none", "vgg_sha256": ""})
 
-    with pytest.raises(InputError, match="there is no file imagnet: --vgg takes imagenet, random"):
+    with pytest.raises(InputError, match="there is no file imagnet: name imagenet, random"):
         vgg.load_vgg16("imagnet")
     weights["features.0.weight"] = torch.zeros(64, 3, 5, 5)
     torch.save(weights, tmp_path / "vgg.pth")

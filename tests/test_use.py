@@ -104,7 +104,7 @@ def test_whole_pictures_go_through_tiles(pictures, tmp_path):
     use(pictures, "--tiles", tmp_path / "others", "--output", tmp_path / "both")
     assert len(list((tmp_path / "both").rglob("*.png"))) == 9
     (pictures / "more" / "006.png").write_bytes(b"")
-    with pytest.raises(InputError, match="cannot be read, 1 of them"):
+    with pytest.raises(InputError, match="1 of the images cannot be read"):
         use(pictures, "--tiles", "--output", tmp_path / "none")
     assert not (tmp_path / "none").exists()
     use(pictures, "--tiles", "--output", tmp_path / "six", "--skip-unreadable")
@@ -158,9 +158,9 @@ def test_samples_interpolation_and_neighbours(pictures, tmp_path, capsys):
         (("--samples", "3", "--decode", "codes.npz"), "at a time: --decode and --samples are 2"),
         (("nowhere.jpg",), r"there is no file or folder nowhere\.jpg"),
         (("a.png", "--checkpoint", TEACHER), "holds a StandardVAE, but a TinyVAE32 is needed"),
-        (("a.png", "broken.png", "--skip-unreadable"), r"cannot be read, 1 of them"),
+        (("a.png", "broken.png", "--skip-unreadable"), "1 of the images cannot be read"),
         (("empty",), "empty holds no images that Pillow opens"),
-        (("a.png", "broken.png"), r"cannot be read, 1 of them: .*\n  .*broken\.png: "),
+        (("a.png", "broken.png"), r"1 of the images cannot be .*\n  .*broken\.png: "),
         (("a.png", "--output", "there.png"), r"there\.png is there already: --overwrite rep"),
         (("a.png", "--output", "empty"), r"empty must be a file that ends in \.png"),
         (("a.png", "--output", "out.jpg"), r"out\.jpg must be a file that ends in \.png"),
@@ -193,6 +193,15 @@ def test_what_cannot_work_is_refused_in_a_sentence(words, message, tmp_path, mon
     with pytest.raises(InputError, match=message):
         use(*words)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_sheet_in_outputs_is_replaced_by_the_next(pictures, tmp_path, monkeypatch):
+    monkeypatch.setattr(use_tinyvae, "HERE", tmp_path)
+    sheet, drawn = tmp_path / "outputs" / "reconstructions.png", set()
+    for name in ("000.png", "001.png"):
+        use(pictures / name)
+        drawn.add(sheet.read_bytes())
+    assert len(drawn) == 2 and list(sheet.parent.glob("*.png")) == [sheet]
 
 
 def test_unreadable_pictures_are_left_out_where_told_to(pictures, tmp_path, capsys):
