@@ -245,7 +245,7 @@ def load_images(settings, student_path, checkpoint):
     )
     if images.record["pixels_sha256"] != record.get("pixels_sha256"):
         if record.get("data") == "none":
-            print("images   photographs, of which the student has seen none")
+            print("images   not those the student was trained on, which a teacher made")
         else:
             print("images   not those the student was trained on, or not as many")
         if "evaluation" in checkpoint:

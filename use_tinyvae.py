@@ -59,7 +59,7 @@ DEVICE: kind.Device = "auto"  # auto (cuda, then mps, then cpu), cuda, cpu or mp
 # --- Files ---
 # a .png, or, with --tiles and --decode, a folder for one PNG a picture; None: in outputs/
 OUTPUT: kind.FileOrNone = None
-OVERWRITE: kind.Switch = False  # replace a named file that is there; those in outputs/ are always
+OVERWRITE: kind.Switch = False  # replace what OUTPUT or LATENTS names; without a name, always
 
 # --- Not settings ---
 COLUMNS = 10  # pictures side by side in a sheet

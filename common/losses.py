@@ -211,7 +211,7 @@ def make_projection(kind, teacher_mu, images, latent_dim, student_mu=None, compo
         components: directions that Q chooses from, at most all there are; at least latent_dim.
 
     The teacher must have at least as many latents as the student, and there must be more images
-    than these.
+    than the student has latents.
     """
     if kind == "identity":
         return NoProjection()

@@ -97,6 +97,7 @@ def make_optimizers(name, objective, learning_rate):
     matrices = []
     if name == "muon":
         matrices = [p for p in objective.network.parameters() if p.ndim > 1]
-    others = [p for p in objective.parameters() if p.requires_grad and p not in set(matrices)]
+    by_muon = set(matrices)
+    others = [p for p in objective.parameters() if p.requires_grad and p not in by_muon]
     adam = torch.optim.Adam(others, lr=learning_rate, fused=True)
     return [adam, Muon(matrices, learning_rate)] if matrices else [adam]

@@ -110,8 +110,9 @@ def load(settings, weights, device):
     """
     s = settings
     precision = vgg_precision = pick_precision(s.precision, device)
-    if s.perceptual_precision != "auto":
-        vgg_precision = pick_precision(s.perceptual_precision, device)
+    if "perceptual" in weights and s.perceptual_precision != "auto":
+        flag = "--perceptual-precision"
+        vgg_precision = pick_precision(s.perceptual_precision, device, flag)
     teacher, teacher_checkpoint, teacher_record = load_given_teacher(s)
     student = load_model(s.start, TinyVAE32)[0] if s.start else None
     with first_process_first():
@@ -322,8 +323,9 @@ def state_to_resume(run, name):
     if not (run.settings.resume and path.exists()):
         return None
     earlier = load_checkpoint(path)["record"]
-    for what in ("device_name", "precision", "versions"):
-        if earlier[what] != run.record[what]:
+    earlier = {"perceptual_precision": earlier["precision"]} | earlier  # of before that setting
+    for what in ("device_name", "precision", "perceptual_precision", "versions"):
+        if earlier[what] != run.record[what] and run.record[what]:
             print(f"{path}: {what} has changed: {earlier[what]} → {run.record[what]}")
     return path
 

@@ -61,8 +61,10 @@ def drop_output():
 
 
 def first_line(error):
-    """Of an error's text, or the name of its class where it has none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """Of an error's text, with the second where that ends in a colon; the name of its class where
+    it has no text."""
+    first, *others = (str(error).strip() or type(error).__name__).splitlines()
+    return f"{first} {others[0].strip()}" if first.endswith(":") and others else first
 
 
 def user_message(error):
@@ -162,9 +164,11 @@ def look_for_cuda():
     return has_cuda, str(caught[0].message).split(" (Triggered")[0] if caught else ""
 
 
-def pick_precision(name, device):
+def pick_precision(name, device, flag="--precision"):
     """`auto` takes what a CUDA device does natively, bf16, or else fp16 on tensor cores; and fp32
     elsewhere. On CPUs bf16 is faster or slower by the CPU and the network (docs/speed.md).
+
+    Raises InputError, which names the flag, for what the device lacks.
 
     fp32 means it: TF32, which Ampere and later use in convolutions by default, is turned off.
     """
@@ -172,16 +176,16 @@ def pick_precision(name, device):
     torch.backends.cudnn.benchmark = True  # shapes are few: look for the fastest algorithm once
     if name == "fp16" and device.type != "cuda":
         raise InputError(
-            f"fp16 training needs a CUDA device, this is {device.type}: use --precision auto"
+            f"fp16 training needs a CUDA device, this is {device.type}: use {flag} auto"
         )
     if name == "bf16" and device.type == "mps":
-        raise InputError("bf16 is for CUDA and CPU, this is mps: use --precision auto")
+        raise InputError(f"bf16 is for CUDA and CPU, this is mps: use {flag} auto")
     is_cuda = device.type == "cuda"
     has_bf16 = is_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
     if name == "bf16" and is_cuda and not has_bf16:
         raise InputError(
             f"{describe_device(device)} does not multiply bf16, which came with Ampere: use "
-            "--precision auto"
+            f"{flag} auto"
         )
     if name != "auto":
         return name

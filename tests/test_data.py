@@ -298,6 +298,12 @@ def test_torchvision_that_does_not_load_is_explained(monkeypatch):
 # --- Batches and picks ---
 
 
+def test_an_epoch_shows_each_image_at_most_once():
+    steps = data.shuffled_batches(70, 32, torch.Generator().manual_seed(0))
+    assert steps.shape == (2, 32)
+    assert len(steps.unique()) == 64
+
+
 def test_images_picked_from_a_split_are_of_all_its_classes():
     labels = torch.arange(10).repeat_interleave(1000)  # as a folder of images is sorted
     assert data.evenly_spaced(labels, 2000).bincount().tolist() == [200] * 10

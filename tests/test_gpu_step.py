@@ -36,8 +36,8 @@ COMPUTE_NOTHING = (
 )
 
 
-def objective_of(stage, *flags):
-    """The objective of a stage, and what a batch brings beside its images."""
+def objective_of(stage, *flags, dtype=torch.float32):
+    """The objective of a stage, its VGG16 in a dtype; what a batch brings beside its images."""
     torch.manual_seed(0)
     s = parse_settings(vars(distill_tinyvae), flags)
     if stage == "teacher":
@@ -47,7 +47,7 @@ def objective_of(stage, *flags):
     student = TinyVAE32()
     student.check_range = False
     projection = LatentProjection(torch.zeros(128), torch.eye(128), 64) if s.teacher else None
-    vgg = VGGFeatures(load_vgg16("random")[0], torch.float32) if s.vgg != "none" else None
+    vgg = VGGFeatures(load_vgg16("random")[0], dtype) if s.vgg != "none" else None
     codes = random_normal(BATCH, 128)
     objective = distill_tinyvae.StudentObjective(
         student, distill_tinyvae.term_weights(s), s, projection, codes, vgg
@@ -159,8 +159,9 @@ def test_a_gpu_takes_what_it_multiplies_itself(capability, bf16, precision, monk
     if bf16:
         assert runtime.pick_precision("bf16", device) == "bf16"
     else:
-        with pytest.raises(InputError, match=r"GeForce does not multiply bf16.*--precision auto"):
-            runtime.pick_precision("bf16", device)
+        for flag in ("--precision", "--perceptual-precision"):
+            with pytest.raises(InputError, match=rf"GeForce does not multiply bf16.*{flag} auto$"):
+                runtime.pick_precision("bf16", device, flag)
     with pytest.raises(InputError, match="fp16 training needs a CUDA device, this is cpu"):
         runtime.pick_precision("fp16", torch.device("cpu"))
     assert runtime.pick_precision("auto", torch.device("cpu")) == "fp32"
@@ -230,7 +231,7 @@ def autocast_without_cuda(monkeypatch):
 def test_a_step_on_a_gpu_leaves_nothing_on_the_cpu_and_reads_nothing_back(
     stage, dtype, autocast_without_cuda
 ):
-    fake_step(*objective_of(*stage), stage[0], dtype)
+    fake_step(*objective_of(*stage, dtype=dtype), stage[0], dtype)
 
 
 def test_what_would_go_wrong_on_a_gpu_is_noticed(monkeypatch):
