@@ -226,6 +226,13 @@ def test_neither_a_clock_that_jumps_nor_a_folder_that_goes_changes_what_a_run_wr
     assert all(0 < float(row["seconds"]) < 100 for row in rows)
 
 
+def test_a_reason_of_two_lines_is_told_whole():
+    error = RuntimeError("Errors in loading:\n\t0.weight is missing\nmore")
+    assert runtime.first_line(error) == "Errors in loading: 0.weight is missing"
+    assert runtime.first_line(ValueError("one\ntwo")) == "one"
+    assert runtime.first_line(KeyError()) == "KeyError"
+
+
 # --- Memory ---
 
 FULL = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 98765 bytes"

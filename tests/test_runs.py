@@ -28,7 +28,7 @@ from common import (
     teacher_outputs,
     training,
 )
-from common.runtime import DTYPES, InputError, first_line
+from common.runtime import DTYPES, InputError
 from common.settings import parse_settings
 from standard_vae import StandardVAE
 from tests.testing import (
@@ -339,13 +339,6 @@ def test_vgg16_has_the_runs_precision_or_its_own(flags, expected):
     assert bool(run.vgg) == bool(expected)
     if run.vgg:
         assert run.vgg.layers[0].weight.dtype == DTYPES[expected]
-
-
-def test_a_reason_of_two_lines_is_told_whole():
-    assert first_line(RuntimeError("Errors in loading:\n\t0.weight is missing\nmore")) == (
-        "Errors in loading: 0.weight is missing"
-    )
-    assert first_line(ValueError("one\ntwo")) == "one" and first_line(KeyError()) == "KeyError"
 
 
 def test_a_teacher_that_is_given_is_taken_in_place_of_stage_1(
