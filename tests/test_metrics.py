@@ -77,7 +77,8 @@ def test_evaluation_is_the_same_in_batches_of_any_size(monkeypatch):
     whole = metrics.evaluate_vae(vae, images, in_full=True)
     monkeypatch.setattr(metrics, "EVALUATION_BATCH", 7)
     parts = metrics.evaluate_vae(vae, images, in_full=True)
-    assert whole == pytest.approx(parts, rel=1e-4)
+    # An untrained network keeps 0.00005 of the brightness, off by 1e-8.
+    assert whole == pytest.approx(parts, rel=1e-4, abs=1e-7)
     assert metrics.psnr(torch.tensor([0.01, 0.001])).tolist() == pytest.approx([20, 30])
     reconstruction, mu, logvar = vae(data.to_float(images))
     expected = F.mse_loss(reconstruction, data.to_float(images)).item()
