@@ -92,7 +92,7 @@ SEED: kind.Seed = 0  # of weights, image order and latent samples
 # --- Machine ---
 DEVICE: kind.Device = "auto"  # auto (cuda, then mps, then cpu), cuda, cpu or mps
 PRECISION: kind.Precision = "auto"  # fp32, bf16, fp16; auto: 16 bits on CUDA, fp32 elsewhere
-PERCEPTUAL_PRECISION: kind.one_of("auto", "fp32", "bf16") = "auto"  # VGG16's; auto: PRECISION
+PERCEPTUAL_PRECISION: kind.PerceptualPrecision = "auto"  # VGG16's; auto: that of PRECISION
 COMPILE: kind.Switch = False  # torch.compile; on CUDA with CUDA graphs
 
 # --- Files ---

@@ -244,10 +244,8 @@ def load_images(settings, student_path, checkpoint):
         settings.data, settings.limit, student_path, record, settings.skip_unreadable
     )
     if images.record["pixels_sha256"] != record.get("pixels_sha256"):
-        if record.get("data") == "none":
-            print("images   not those the student was trained on, which a teacher made")
-        else:
-            print("images   not those the student was trained on, or not as many")
+        others = "which a teacher made" if record.get("data") == "none" else "or not as many"
+        print(f"images   not those the student was trained on, {others}")
         if "evaluation" in checkpoint:
             print(
                 f"         On its own it has {checkpoint['evaluation']}.\n"

@@ -124,9 +124,7 @@ class Comparison:
     Raises InputError where nothing names the images, and for what cannot be loaded.
     """
 
-    def __init__(
-        self, settings, name, trained_on=None, split="val", judge="none", judged=0
-    ):
+    def __init__(self, settings, name, trained_on=None, split="val", judge="none", judged=0):
         self.settings, self.split = settings, split
         self.folder = settings.checkpoint_dir / name
         self.device = pick_device(settings.device)

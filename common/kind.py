@@ -136,6 +136,7 @@ Channels = several(whole(1), 4)
 Device = one_of("auto", "cuda", "cpu", "mps")
 Device.means += " (of several cards, CUDA_VISIBLE_DEVICES=1 picks the second)"
 Precision = one_of("auto", "fp32", "bf16", "fp16")
+PerceptualPrecision = one_of("auto", "fp32", "bf16")  # fp16 needs an fp16 run's scaling
 
 
 # --- Settings that are written without a kind, as `EPOCHS = 150` ---
@@ -147,7 +148,8 @@ BY_NAME = {
     "TEACHER": file_path("train", none=None), "STUDENT": FileOrNone, "START": FileOrNone,
     "FOLDER": FileOrNone, "DIR": Folder,
     "RATE": PositiveOrNone, "LEARNING_RATE": Positive, "TEACHER_LEARNING_RATE": Positive,
-    "DEVICE": Device, "PRECISION": Precision, "WARMUP": Fraction, "TEACHER_IMAGES": Fraction,
+    "DEVICE": Device, "PRECISION": Precision, "PERCEPTUAL_PRECISION": PerceptualPrecision,
+    "WARMUP": Fraction, "TEACHER_IMAGES": Fraction,
     "EPOCHS": Count, "BATCH_SIZE": whole(2), "DIM": Count, "CHANNELS": Channels, "EVERY": Count,
     "SEED": Seed, "LIMIT": CountOr0, "IMAGES": CountOr0, "JUDGED": CountOr0,
 }

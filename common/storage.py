@@ -177,3 +177,29 @@ def refuse_compressed(path):
     with contextlib.suppress(zipfile.BadZipFile), zipfile.ZipFile(path) as archive:
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
             raise ValueError("compressed")
+
+
+def refuse_other_weights(weights, expected):
+    """Raise ValueError unless weights are finite and of the names, shapes and types expected."""
+    if not isinstance(weights, dict):
+        raise ValueError(f"a {type(weights).__name__} in place of a state dict")
+    if others := sorted(map(str, set(weights) ^ set(expected))):
+        raise ValueError(f"other layers, of which {others[0]} is in one alone")
+    for name, tensor in weights.items():
+        is_tensor = isinstance(tensor, torch.Tensor)
+        if not is_tensor or tensor.shape != expected[name].shape:
+            shape = list(tensor.shape) if is_tensor else type(tensor).__name__
+            what = f"{name} is {shape}, not {list(expected[name].shape)}"
+            # The width of this one is channels × positions; its height, latents.
+            if is_tensor and name == "fc_mu.weight" and len(tensor) == len(expected[name]):
+                what += ": it may be made for images of another size than 32×32"
+            raise ValueError(what)
+        if tensor.layout != torch.strided:
+            raise ValueError(f"{name} is {tensor.layout}, not dense")
+        # Stored in half precision, weights are loaded into single precision.
+        is_half = tensor.dtype in (torch.half, torch.bfloat16)
+        is_half = is_half and expected[name].is_floating_point()
+        if tensor.dtype != expected[name].dtype and not is_half:
+            raise ValueError(f"{name} is {tensor.dtype}, not {expected[name].dtype}")
+        if not tensor.isfinite().all():
+            raise ValueError(f"{name} holds NaN or infinity")

@@ -6,9 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common.models import refuse_other_weights
 from common.runtime import InputError, download_timeout, explain_errors, import_torchvision
-from common.storage import fingerprint, load_checkpoint
+from common.storage import fingerprint, load_checkpoint, refuse_other_weights
 
 # VGG16's convolutions through relu3_3, as torchvision numbers its `features`.
 VGG_CONVOLUTIONS = (0, 2, 5, 7, 10, 12, 14)
@@ -76,7 +75,7 @@ def load_vgg16(source, seed=0):
 
     if source == "imagenet":
         with explain_errors(
-            lambda reason: f"the ImageNet weights of VGG16 could not be downloaded or read "
+            lambda reason: "the ImageNet weights of VGG16 could not be downloaded or read "
             f"({reason}): name a file that holds them with --vgg PATH, use --vgg random or --vgg "
             "none, or --demo"
         ), download_timeout():

@@ -65,10 +65,6 @@ STAGES = {
 each_stage = pytest.mark.parametrize("stage", STAGES.values(), ids=STAGES)
 
 
-def optimizers_of(objective, name):
-    return make_optimizers(name, objective, 1e-3)
-
-
 def step(objective, optimizers, batch, scaler=None):
     """One step of `fit`, without the reading of figures."""
     terms = objective(*batch)
@@ -206,7 +202,7 @@ def fake_step(objective, rest, stage, dtype):
     with FakeTensorMode() as mode:
         objective = on_fake_cuda(objective, mode)
         batch = [mode.from_tensor(tensor).to("cuda") for tensor in (random_images(BATCH), *rest)]
-        optimizers = optimizers_of(objective, "adam" if stage == "teacher" else "muon")
+        optimizers = make_optimizers("adam" if stage == "teacher" else "muon", objective, 1e-3)
         with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
             terms = objective(*batch)
         loss = sum(objective.weigh(terms).values())
@@ -273,7 +269,7 @@ def test_an_objective_compiles_without_a_break(stage):
 
 def test_a_step_that_overflows_is_skipped_and_the_scale_halves():
     objective, rest = objective_of("student", "--vgg", "none")
-    optimizers = optimizers_of(objective, "muon")
+    optimizers = make_optimizers("muon", objective, 1e-3)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
     batch = random_images(BATCH), *rest
     step(objective, optimizers, batch, scaler)
@@ -310,7 +306,8 @@ class Count(TorchDispatchMode):
 
 def count_operations(stage, optimizer):
     objective, rest = objective_of(*stage)
-    optimizers, batch = optimizers_of(objective, optimizer), (random_images(BATCH), *rest)
+    optimizers = make_optimizers(optimizer, objective, 1e-3)
+    batch = random_images(BATCH), *rest
     step(objective, optimizers, batch)  # which makes the optimisers' states
     with Count() as count:
         step(objective, optimizers, batch)
