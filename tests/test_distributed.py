@@ -50,15 +50,24 @@ def state_after_three_steps(objective_class):
     return [*fit(objective, run, "student", 1, "muon", 3e-3, targets)][-1]
 
 
+def merge_biases(state):
+    """A bias before BatchNorm shifts the running mean and nothing else. Its gradient is rounding
+    error, which differs by CPU and which Adam scales to a step: only running_mean - bias is known.
+    """
+    for name in [name for name in state if name.endswith("running_mean")]:
+        block, number, _ = name.split(".")
+        state[name] = state[name] - state.pop(f"{block}.{int(number) - 1}.bias")
+    return state
+
+
 def test_two_processes_take_the_steps_of_one_that_sees_both_halves(tmp_path):
     process = start_two(Path(__file__), tmp_path / "state.pth")
     output, _ = process.communicate(timeout=100)
     assert process.returncode == 0, output
     together = torch.load(tmp_path / "state.pth", weights_only=True)
     alone = state_after_three_steps(HalfByHalf)
-    for part in ("model", "objective"):
-        for name, tensor in alone[part].items():
-            torch.testing.assert_close(together[part][name], tensor, rtol=1e-6, atol=1e-6)
+    tensors, expected = ({**s["objective"], **merge_biases(s["model"])} for s in (together, alone))
+    torch.testing.assert_close(tensors, expected, rtol=1e-6, atol=1e-6)
     assert alone["objective"]["kl_factor"] != 1  # the mean KL of the two halves moves it
     assert together["rows"][0]["loss"] == pytest.approx(alone["rows"][0]["loss"], rel=1e-5)
 
