@@ -20,7 +20,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 
 from common import kind
 from common.data import IMAGE_SIZE, evenly_spaced, to_float
@@ -28,7 +27,7 @@ from common.folders import decode_images, list_images, read_image, refuse_unread
 from common.losses import kl_divergence
 from common.metrics import EVALUATION_BATCH
 from common.models import load_any_teacher, load_model
-from common.pictures import draw_interpolations, image_rows, save_figure
+from common.pictures import COLUMNS, draw_interpolations, draw_sheet, write_picture
 from common.runtime import InputError, explain_errors, pick_device, progress_bar, run_script
 from common.settings import parse_settings
 from common.storage import check_writable, fingerprint, write_bytes
@@ -62,7 +61,6 @@ OUTPUT: kind.FileOrNone = None
 OVERWRITE: kind.Switch = False  # replace what OUTPUT or LATENTS names; without a name, always
 
 # --- Not settings ---
-COLUMNS = 10  # pictures side by side in a sheet
 SHOWN = 100  # pictures in a sheet at most
 
 
@@ -222,35 +220,6 @@ def is_inside(name):
     """Whether a name leads to a file inside the folder that it is put into."""
     parts = Path(name).parts
     return bool(parts) and "\0" not in name and not Path(name).is_absolute() and ".." not in parts
-
-
-def write_picture(image, path):
-    """uint8, 3×H×W → a PNG."""
-    png = io.BytesIO()
-    Image.fromarray(image.permute(1, 2, 0).numpy()).save(png, "png", compress_level=1)
-    write_bytes(path, png.getvalue())
-
-
-def draw_sheet(path, rows, title, captions=()):
-    """Ten pictures side by side, as many lines as it takes.
-
-    Args:
-        rows: pairs of a name and its pictures, N×3×32×32 in [0, 1], drawn one below the other.
-        title: of the sheet.
-        captions: of each of the last rows, N words, beneath its pictures.
-    """
-    count = len(rows[0][1])
-    starts = range(0, count, COLUMNS)
-    blank = torch.ones(-count % COLUMNS if count > COLUMNS else 0, *rows[0][1].shape[1:])
-    filled = [(name, torch.cat([pictures, blank])) for name, pictures in rows]
-    lines = [(name, pictures[i : i + COLUMNS]) for i in starts for name, pictures in filled]
-    figure, axes = image_rows(lines, title)
-    for number, line in enumerate(axes):
-        start, row = COLUMNS * (number // len(rows)), number % len(rows) - len(rows)
-        if -row <= len(captions):
-            for ax, caption in zip(line, captions[row][start : start + COLUMNS]):
-                ax.set_xlabel(caption, fontsize=7, labelpad=1)
-    save_figure(figure, path)
 
 
 # --- What can be done: each returns the files that it has written ---

@@ -8,6 +8,7 @@ import io
 
 import torch
 from matplotlib.figure import Figure
+from PIL import Image
 
 from common.data import evenly_spaced, to_float
 from common.losses import kl_divergence
@@ -102,6 +103,28 @@ def draw_colours(path, images, reconstructions, title):
     save_figure(image_rows(rows, title)[0], path)
 
 
+def draw_sheet(path, rows, title, captions=()):
+    """Ten pictures side by side, as many lines as it takes.
+
+    Args:
+        rows: pairs of a name and its pictures, N×3×32×32 in [0, 1], drawn one below the other.
+        title: of the sheet.
+        captions: of each of the last rows, N words, beneath its pictures.
+    """
+    count = len(rows[0][1])
+    starts = range(0, count, COLUMNS)
+    blank = torch.ones(-count % COLUMNS if count > COLUMNS else 0, *rows[0][1].shape[1:])
+    filled = [(name, torch.cat([pictures, blank])) for name, pictures in rows]
+    lines = [(name, pictures[i : i + COLUMNS]) for i in starts for name, pictures in filled]
+    figure, axes = image_rows(lines, title)
+    for number, line in enumerate(axes):
+        start, row = COLUMNS * (number // len(rows)), number % len(rows) - len(rows)
+        if -row <= len(captions):
+            for ax, caption in zip(line, captions[row][start : start + COLUMNS]):
+                ax.set_xlabel(caption, fontsize=7, labelpad=1)
+    save_figure(figure, path)
+
+
 def image_rows(rows, title, headings=()):
     """A figure and its axes, rows×columns, with images in them.
 
@@ -130,4 +153,11 @@ def image_rows(rows, title, headings=()):
 def save_figure(figure, path):
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=150)
+    write_bytes(path, png.getvalue())
+
+
+def write_picture(image, path):
+    """uint8, 3×H×W → a PNG."""
+    png = io.BytesIO()
+    Image.fromarray(image.permute(1, 2, 0).numpy()).save(png, "png", compress_level=1)
     write_bytes(path, png.getvalue())

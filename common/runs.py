@@ -23,14 +23,7 @@ from common.recipe import (
     check_recipe,
 )
 from common.report import PICTURES, TENSORBOARD, draw, log_epoch
-from common.runtime import (
-    DTYPES,
-    InputError,
-    describe_device,
-    pick_precision,
-    require,
-    versions,
-)
+from common.runtime import DTYPES, InputError, describe_device, pick_precision, require, versions
 from common.settings import Settings
 from common.storage import (
     check_writable,
@@ -198,17 +191,16 @@ def check_settings(s, weights):
     check_files(s)
 
 
-def check_files(settings):
+def check_files(s):
     """Raise InputError where an earlier run would be replaced without being asked to, or a file
     that is read would be."""
-    s = settings
+    earlier = find_files(s, RUN_FILES)
     for path in (s.teacher, s.start):
-        if isinstance(path, Path) and path.resolve() in find_files(s, RUN_FILES):
+        if isinstance(path, Path) and path.resolve() in earlier:
             raise InputError(
                 f"{path} is one of the files that this run writes: copy it elsewhere, or name "
                 "another --checkpoint-dir and --output-dir"
             )
-    earlier = find_files(s, RUN_FILES)
     if s.resume:
         saved = {path.name for path in find_files(s, ("*.pth",))}
         if BEST in saved and STUDENT_STATE not in saved:
@@ -294,10 +286,7 @@ def remove_earlier_run(run):
         return
     try:
         check_recipe(load_checkpoint(teacher), teacher, run.record, TEACHER_RECIPE)
-        is_another = False
     except InputError:
-        is_another = True
-    if is_another:
         teacher.unlink()
         print(f"{teacher} removed: a new teacher is trained.")
 
