@@ -51,14 +51,15 @@ INTERPOLATE: kind.Switch = False  # from the first picture to the second
 NEAREST: kind.Switch = False  # show which of the other pictures are like the first
 
 # --- Networks ---
-CHECKPOINT: kind.file_path() = HERE / "checkpoints" / "tinyvae_cifar10.pth"  # the student
+STUDENT: kind.file_path() = HERE / "checkpoints" / "tinyvae_cifar10.pth"  # the included one
 TEACHER: kind.FileOrNone = None  # a second network to show beside it
 DEVICE: kind.Device = "auto"  # auto (cuda, then mps, then cpu), cuda, cpu or mps
 
 # --- Files ---
 # a .png, or, with --tiles and --decode, a folder for one PNG a picture; None: in outputs/
 OUTPUT: kind.FileOrNone = None
-OVERWRITE: kind.Switch = False  # replace what OUTPUT or LATENTS names; without a name, always
+# replace a file that OUTPUT or LATENTS names; those in outputs/ are replaced without it
+OVERWRITE: kind.Switch = False
 
 # --- Not settings ---
 SHOWN = 100  # pictures in a sheet at most
@@ -163,12 +164,12 @@ def read_latents(path, vae):
             names = [str(name) for name in content["names"]]
         own = fingerprint(vae)
         if is_archive and content.get("student", own) != own:
-            print(f"Warning: {path} holds codes of another student than --checkpoint")
+            print(f"Warning: {path} holds codes of another student than --student")
     if mu.ndim != 2 or mu.shape[1] != vae.latent_dim or not len(mu) or len(names) != len(mu):
         shape = "×".join(map(str, mu.shape))
         raise InputError(
             f"{path} holds latents of {shape} and {len(names)} names, but the network takes "
-            f"N×{vae.latent_dim}: name the --checkpoint that they are of"
+            f"N×{vae.latent_dim}: name the --student that they are of"
         )
     if not mu.isfinite().all():
         raise InputError(f"{path} holds NaN or infinity among its latents: write it again")
@@ -190,7 +191,7 @@ def output_paths(s, pictures, default, names=(), suffixes=(".png",)):
 
     Raises InputError where a file is there already, is one that is read, or cannot be written.
     """
-    others = [path.resolve() for path in (s.decode, s.checkpoint, s.teacher) if path]
+    others = [path.resolve() for path in (s.decode, s.student, s.teacher) if path]
     read = {*pictures, *others}
     path = s.output or HERE / "outputs" / default
     files = [path]
@@ -369,7 +370,7 @@ def main(argv=()):
         )
     pictures = find_pictures(s.pictures)
     device = pick_device(s.device)
-    networks = {"student": load_model(s.checkpoint, TinyVAE32)[0].to(device)}
+    networks = {"student": load_model(s.student, TinyVAE32)[0].to(device)}
     if s.teacher:
         networks["teacher"] = load_any_teacher(s.teacher)[0].to(device)
     for vae in networks.values():

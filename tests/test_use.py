@@ -157,7 +157,7 @@ def test_samples_interpolation_and_neighbours(pictures, tmp_path, capsys):
         (("--samples", "3", "."), "--samples takes no pictures"),
         (("--samples", "3", "--decode", "codes.npz"), "at a time: --decode and --samples are 2"),
         (("nowhere.jpg",), r"there is no file or folder nowhere\.jpg"),
-        (("a.png", "--checkpoint", TEACHER), "holds a StandardVAE, but a TinyVAE32 is needed"),
+        (("a.png", "--student", TEACHER), "holds a StandardVAE, but a TinyVAE32 is needed"),
         (("a.png", "broken.png", "--skip-unreadable"), "1 of the images cannot be read"),
         (("empty",), "empty holds no images that Pillow opens"),
         (("a.png", "broken.png"), r"1 of the images cannot be .*\n  .*broken\.png: "),
