@@ -61,8 +61,8 @@ def keep_calls(monkeypatch, name):
     return calls
 
 
-def fit(objective, run, epochs=1, name="adam", targets=(), resume_from=None):
-    return training.fit(objective, run, "student", epochs, name, 1e-3, targets, resume_from)
+def fit(objective, run, epochs=1, name="adam", targets=(), resume_from=None, stage="student"):
+    return training.fit(objective, run, stage, epochs, name, 1e-3, targets, resume_from)
 
 
 # --- The optimisers ---
@@ -234,9 +234,19 @@ def test_an_epoch_ends_with_a_row_and_a_line_of_what_was_measured(capsys, monkey
     ]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("stage", "precision", "go_on", "flag"),
+    [
+        ("student", "fp32", "", "--learning-rate"),
+        ("teacher", "bf16", "continue from them with --resume --precision fp32, or ",
+         "--teacher-learning-rate"),
+    ],
+)
 @pytest.mark.parametrize("poison", ["loss", "val_mse", "kl_nats"])
-def test_what_is_not_finite_is_told_and_not_saved(poison, precision, monkeypatch):
+def test_what_is_not_finite_is_told_and_not_saved(
+    poison, stage, precision, go_on, flag, monkeypatch
+):
+    bars = keep_calls(monkeypatch, "progress_bar")
     values = [math.nan if poison == "loss" and step == 5 else 0.0 for step in range(8)]
     validate, saved = training.validate, []
     monkeypatch.setattr(
@@ -244,14 +254,14 @@ def test_what_is_not_finite_is_told_and_not_saved(poison, precision, monkeypatch
         lambda *args: validate(*args) | ({poison: math.nan} if len(saved) == 2 else {}),
     )
     with pytest.raises(InputError) as told:
-        for state in fit(Scripted(values), run_of(IMAGES[:34], precision), epochs=2):
-            saved.append(state["epoch"])
-    assert saved == [0, 1]
-    go_on = "continue from them with --resume --precision fp32, or " if precision == "bf16" else ""
+        for state in fit(Scripted(values), run_of(IMAGES[:34], precision), epochs=2, stage=stage):
+            saved.append((state["stage"], state["epoch"]))
+    assert saved == [(stage, 0), (stage, 1)]
     assert str(told.value) == (
-        f"the {poison} of the student became nan in epoch 2; the epochs before it are saved: "
-        f"{go_on}start again with --overwrite and a lower --learning-rate"
+        f"the {poison} of the {stage} became nan in epoch 2; the epochs before it are saved: "
+        f"{go_on}start again with --overwrite and a lower {flag}"
     )
+    assert bars[0][1]["desc"] == {"teacher": "teacher, stage 1 of 2"}.get(stage, stage)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
@@ -370,10 +380,12 @@ def test_a_step_reads_no_value_on_the_device_but_now_and_then(stage, precision, 
 def test_the_objective_is_compiled_where_that_is_asked_for(monkeypatch, capsys):
     training.can_compile.cache_clear()
     compiled = []
-    monkeypatch.setattr(torch, "compile", lambda *args, **options: compiled.append(args) or args[0])
+    monkeypatch.setattr(
+        torch, "compile", lambda *args, **options: compiled.append((*args, options)) or args[0]
+    )
     for setting in (False, True):
         list(fit(objective := Scripted(), run_of(IMAGES[:8], compile=setting)))
-    assert compiled == [(torch.neg,), (objective,)]
+    assert compiled == [(torch.neg, {}), (objective, {"mode": None})]
 
     training.can_compile.cache_clear()
     monkeypatch.setattr(torch, "compile", Mock(side_effect=RuntimeError("No compiler\nFull story")))
