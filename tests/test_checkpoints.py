@@ -151,6 +151,7 @@ def test_a_teacher_and_a_safetensors_file_of_another_program_are_loaded(tmp_path
         ({"fc_mu.weight": torch.zeros(2, 2)}, "there is no TinyVAE32 in it"),
         ({name: x for name, x in WEIGHTS.items() if name != "fc_mu.bias"}, "fc_mu.bias is in one"),
         (WEIGHTS | {"fc_mu.bias": torch.full((8,), torch.nan)}, "fc_mu.bias holds NaN"),
+        (WEIGHTS | {"fc_mu.bias": torch.zeros(8).double()}, "fc_mu.bias is torch.float64, not"),
         (WEIGHTS | {"fc_mu.bias": torch.zeros(8, 1)}, r"fc_mu.bias is \[8, 1\], not \[8\]$"),
     ],
 )

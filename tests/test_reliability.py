@@ -127,7 +127,7 @@ def test_a_table_has_its_columns_and_a_record_no_nan(tmp_path):
 @on_posix
 def test_what_an_ended_process_left_is_removed_and_nothing_else(tmp_path, monkeypatch):
     with subprocess.Popen([sys.executable, "-c", ""]) as process:
-        path, ended = tmp_path / "model [of today].pth", process.pid
+        path, ended = tmp_path / "model.of [today].pth", process.pid
     kept = [path, tmp_path / f"other.pth.{ended}.tmp", tmp_path / f"{path.name}.{os.getppid()}.tmp"]
     for file in (*kept, tmp_path / f"{path.name}.{ended}.tmp"):
         file.write_bytes(b"half")

@@ -284,6 +284,7 @@ def test_training_goes_on_bit_for_bit_where_it_was(precision, tmp_path, monkeypa
     assert f"Resuming the student after epoch 2, from {path}" in capsys.readouterr().out
     assert [options["initial"] for _, options, _ in bars if "initial" in options] == [0, 8]
     assert state["objective"]["kl_factor"] != 1
+    assert not any(key.startswith("network.") for key in state["objective"])  # saved as "model"
     for final in (state, again):
         for row in final["rows"]:
             del row["stage"], row["seconds"], row["ms_per_step"]
