@@ -19,12 +19,12 @@ import statistics
 from pathlib import Path
 
 from common import kind
-from common.comparison import FIGURES, Comparison, cell, make_plots, relative_change
+from common.comparison import FIGURES, Comparison, make_plots, relative_change
 from common.metrics import encode_means, evaluate_code
 from common.pictures import save_figure
-from common.runtime import print_table, run_script
+from common.runtime import cell, print_table, run_script
 from common.settings import parse_settings
-from common.storage import check_writable, write_csv
+from common.storage import write_csv
 
 HERE = Path(__file__).resolve().parent
 
@@ -51,7 +51,7 @@ CHANGES = {
 # --- What is compared ---
 DATA: kind.text(none=None) = None  # as in distill_tinyvae.py; None: what the teacher was trained on
 LIMIT: kind.CountOr0 = 0  # train on the first N images; 0 uses all
-TEACHER: kind.Folder = "teacher_vae.pth"  # a file in the checkpoint folder, or a path
+TEACHER: kind.file_path() = "teacher_vae.pth"  # a file in the checkpoint folder, or a path
 # VGG16 of the perceptual term: imagenet, random, none, or a state dict's path
 VGG: kind.Weights = "imagenet"
 # VGG16 that measures VGG distance: the path of other weights than VGG's; or None
@@ -108,23 +108,23 @@ def against_scratch(row, summary, name):
 
 
 def table_row(row, summary):
-    def with_spread(name, digits, scale=1):
-        scaled = {key: scale * row[key] for key in (name, f"{name} spread") if key in row}
-        spread = f" ± {cell(scaled, f'{name} spread', digits)}" if len(scaled) > 1 else ""
-        return cell(scaled, name, digits) + spread
+    def with_spread(name, form, scale=1):
+        spread = f"{name} spread"
+        more = f" ± {cell(row, spread, form, scale)}" if spread in row else ""
+        return cell(row, name, form, scale) + more
 
     return {
         "variant": row["variant"],
-        "KL, nats": with_spread("kl_nats", 1),
-        "MSE × 1000": with_spread("mse", 3, 1000),
+        "KL, nats": with_spread("kl_nats", ".1f"),
+        "MSE × 1000": with_spread("mse", ".3f", 1000),
         "vs scratch": against_scratch(row, summary, "mse"),
-        "MSE of a sample × 1000": with_spread("sampled_mse", 3, 1000),
+        "MSE of a sample × 1000": with_spread("sampled_mse", ".3f", 1000),
         "vs scratch ": against_scratch(row, summary, "sampled_mse"),
-        "VGG distance": with_spread("vgg_distance", 4),
+        "VGG distance": with_spread("vgg_distance", ".4f"),
         "vs scratch  ": against_scratch(row, summary, "vgg_distance"),
-        "CKA": with_spread("cka", 3),
-        "5-NN, %": with_spread("knn_accuracy", 1, 100),
-        "probe, %": with_spread("probe_accuracy", 1, 100),
+        "CKA": with_spread("cka", ".3f"),
+        "5-NN, %": with_spread("knn_accuracy", ".1f", 100),
+        "probe, %": with_spread("probe_accuracy", ".1f", 100),
     }
 
 
@@ -154,9 +154,7 @@ def main(argv=()):
     if s.vgg == "none":  # as full
         names = [name for name in names if name != "no perceptual"]
     comparison = Comparison(s, "ablation", split=s.split, judge=s.judge, judged=s.judged)
-    check_writable(comparison.folder)
-    check_writable(s.output_dir)
-    comparison.print_summary(
+    comparison.begin(
         f"{s.epochs} epochs at {s.rate:g} nats, seeds 0 to {s.seeds - 1}: {', '.join(names)}"
     )
     teacher_mu = encode_means(comparison.teacher, comparison.held_out.images)

@@ -11,7 +11,7 @@ import torch
 
 pytest.register_assert_rewrite("tests.testing")
 
-from common import comparison, report, runs, synthetic  # noqa: E402
+from common import comparison, report, synthetic  # noqa: E402
 from tests import fault_campaign  # noqa: E402
 from tests.testing import train  # noqa: E402
 
@@ -50,8 +50,7 @@ def tiny_run(tmp_path_factory):
 @pytest.fixture
 def without_pictures(monkeypatch):
     """Drawing takes longer than a tiny training."""
-    for module in (report, runs):
-        monkeypatch.setattr(module, "draw", lambda *args: None)
+    monkeypatch.setattr(report, "draw", lambda *args: None)
 
 
 @pytest.fixture

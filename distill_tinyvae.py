@@ -12,9 +12,8 @@ Stage 1 trains the teacher for 20 epochs, stage 2 the student for 100, by five t
 VAE, two from the teacher, and one that compares features of VGG16. With --teacher none there is no
 stage 1 and no latent term, and the output term compares with the image.
 
-Edit the settings below, or override one with the flag of the same name. Afterwards
-`python test_trained_model.py` measures on the test split. Formulas: common/losses.py; the loop:
-common/training.py.
+Edit the settings below, or override one with the flag of the same name. Then test_trained_model.py
+measures on the test split. Formulas: common/losses.py; the loop: common/training.py.
 """
 
 import time
@@ -27,6 +26,7 @@ from common.data import PIXEL_VALUES
 from common.distributed import average, processes, rank, world_size
 from common.losses import (
     PROJECTIONS,
+    LatentProjection,
     kl_loss,
     latent_distillation_loss,
     make_projection,
@@ -234,7 +234,7 @@ class StudentObjective(Objective):
 
     @torch.no_grad()
     def after_step(self, terms, step, steps):
-        if self.projection is not None:
+        if isinstance(self.projection, LatentProjection):
             self.projection.retract()  # rows orthonormal again, after a step away from it
         if self.target_nats and step >= RATE_START * steps:
             # The integral part of the controller of Shao et al. 2020, "ControlVAE",
@@ -265,9 +265,9 @@ def distil_student(run, teacher, teacher_rows):
     torch.manual_seed(s.seed)
     student = run.student or TinyVAE32(s.latent_dim, s.encoder_channels, s.decoder_channels)
     student.to(run.device, memory_format=torch.channels_last)
-    student_mu = encode_means(student, run.images) if run.student else None
     projection = None
     if "latent" in run.weights:
+        student_mu = encode_means(student, run.images) if run.student else None
         projection = make_projection(
             s.projection, outputs.mu, run.images, student.latent_dim, student_mu
         )

@@ -19,17 +19,17 @@ seconds for an epoch of CIFAR-10 with the default student, and 75 for the assist
 from pathlib import Path
 
 from common import kind, losses
-from common.comparison import FIGURES, Comparison, cell, relative_change, shape, shape_name
+from common.comparison import FIGURES, Comparison, Shape, relative_change, shape_name
 from common.models import count_macs
-from common.runtime import InputError, print_table, run_script
+from common.runtime import InputError, cell, print_table, run_script
 from common.settings import parse_settings
-from common.storage import check_writable, write_csv
+from common.storage import write_csv
 
 HERE = Path(__file__).resolve().parent
 
 # --- The stages, one value for each; shapes: encoder's channels, latents, decoder's channels ---
 # their students
-STAGES: kind.several(shape()) = ("32-64-128-256_64_256-128-64-32", "16-32-64-128_64_128-64-32-16")
+STAGES: kind.several(Shape) = ("32-64-128-256_64_256-128-64-32", "16-32-64-128_64_128-64-32-16")
 EPOCHS: kind.several(kind.whole(1)) = (30, 30)  # of each stage
 # of the latent term: distance to the code of the stage before
 LATENT_WEIGHTS: kind.several(kind.number(0, none=0.0)) = (0.3, 0.3)
@@ -38,7 +38,7 @@ PROJECTIONS: kind.several(kind.one_of(*losses.PROJECTIONS)) = ("pixels", "identi
 
 # --- Training, with all else as at the top of distill_tinyvae.py ---
 # of the first stage: a file in the checkpoint folder, or a path
-TEACHER: kind.Folder = "teacher_vae.pth"
+TEACHER: kind.file_path() = "teacher_vae.pth"
 DATA: kind.text(none=None) = None  # as in distill_tinyvae.py; None: what the teacher was trained on
 LIMIT: kind.CountOr0 = 0  # train on the first N images; 0 uses all
 RATE: kind.Positive = 87.0  # nats at which all students are compared
@@ -67,11 +67,11 @@ COLUMNS = (
 )
 
 
-def train(comparison, label, stage_shape, epochs, **changes):
+def train(comparison, label, shape, epochs, **changes):
     """A row of the table: a student trained now or earlier. Its checkpoint is row["path"]."""
-    s, word = comparison.settings, shape_name(stage_shape)
+    s, word = comparison.settings, shape_name(shape)
     folder = f"{label}_{word}_{epochs}_epochs".replace(" ", "_").replace(",", "")
-    changes |= stage_shape | {"epochs": epochs, "rate": s.rate, "calibration": "both"}
+    changes |= shape | {"epochs": epochs, "rate": s.rate, "calibration": "both"}
     vae, row = comparison.train_and_measure(label, folder, s.seed, **changes)
     computing = epochs * count_macs(vae)  # in proportion: training takes thrice the passes
     return {"student": label, "shape": word, "epochs": epochs, "computing": computing} | row
@@ -81,9 +81,9 @@ def train_all(comparison):
     """Yields the rows of the stages, each with the one before as its teacher; then those of
     students of the last shape without stages, for as many steps, and for as much computing."""
     s, stages, teacher = comparison.settings, [], comparison.teacher_path
-    for i, stage_shape in enumerate(s.stages):
+    for i, shape in enumerate(s.stages):
         row = train(
-            comparison, f"stage {i + 1}", stage_shape, s.epochs[i],
+            comparison, f"stage {i + 1}", shape, s.epochs[i],
             teacher=teacher, latent_weight=s.latent_weights[i], projection=s.projections[i],
         )
         yield row
@@ -110,12 +110,12 @@ def table_row(row, last):
         "parameters": f"{row['parameters']:,}",
         "epochs": row["epochs"],
         "minutes": f"{row['seconds'] / 60:.1f}",
-        "KL, nats": cell(row, "kl_nats", 1),
-        "MSE": cell(row, "mse", 5),
+        "KL, nats": cell(row, "kl_nats", ".1f"),
+        "MSE": cell(row, "mse", ".5f"),
         "vs last stage": relative_change(row, last, "mse"),
-        "MSE of a sample": cell(row, "sampled_mse", 5),
+        "MSE of a sample": cell(row, "sampled_mse", ".5f"),
         "vs last stage ": relative_change(row, last, "sampled_mse"),
-        "VGG distance": cell(row, "vgg_distance", 4),
+        "VGG distance": cell(row, "vgg_distance", ".4f"),
     }
 
 
@@ -131,8 +131,8 @@ def refuse_chain(settings, teacher):
                 "one for each"
             )
     latents, name = teacher.latent_dim, "the teacher"
-    for i, stage_shape in enumerate(s.stages):
-        wanted = stage_shape["latent_dim"]
+    for i, shape in enumerate(s.stages):
+        wanted = shape["latent_dim"]
         as_it_is = s.projections[i] == "identity"
         if s.latent_weights[i] and (latents < wanted or (as_it_is and latents != wanted)):
             raise InputError(
@@ -146,10 +146,8 @@ def main(argv=()):
     s = parse_settings(globals(), argv)
     comparison = Comparison(s, "progressive", split=s.split, judge=s.judge, judged=s.judged)
     refuse_chain(s, comparison.teacher)
-    check_writable(comparison.folder)
-    check_writable(s.output_dir)
-    chain = " → ".join(["the teacher", *(shape_name(stage_shape) for stage_shape in s.stages)])
-    comparison.print_summary(f"{chain}; epochs {s.epochs}, at {s.rate:g} nats, seed {s.seed}")
+    chain = " → ".join(["the teacher", *(shape_name(shape) for shape in s.stages)])
+    comparison.begin(f"{chain}; epochs {s.epochs}, at {s.rate:g} nats, seed {s.seed}")
     csv_path, rows = s.output_dir / "progressive.csv", []
     for row in train_all(comparison):
         rows.append(row)

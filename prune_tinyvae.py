@@ -22,14 +22,15 @@ import torch
 from torch import nn
 
 from common import kind
-from common.comparison import FIGURES, Comparison, cell, make_plots, relative_change
+from common.comparison import FIGURES, Comparison, make_plots, relative_change
 from common.data import IMAGE_SHAPE
 from common.metrics import evaluate_vae
 from common.models import count_parameters, find_student, load_model, weight_bytes
 from common.pictures import save_figure
-from common.runtime import InputError, print_table, require, run_script
+from common.runtime import InputError, cell, print_table, require, run_script
 from common.settings import parse_settings
-from common.storage import check_writable, save_checkpoint, write_csv
+from common.storage import save_checkpoint, write_csv
+from common.vgg import refuse_judge
 from tiny_vae_32 import TinyVAE32
 
 HERE = Path(__file__).resolve().parent
@@ -162,11 +163,11 @@ def table_row(row, whole):
         "channels": row["channels"],
         "parameters": f"{row['parameters']:,}",
         "weights, bytes": f"{row['weight_bytes']:,}",
-        "MSE": cell(row, "mse", 5),
+        "MSE": cell(row, "mse", ".5f"),
         "vs whole": relative_change(row, whole, "mse"),
-        "MSE as cut": cell(row, "mse_as_cut", 4),
-        "VGG distance": cell(row, "vgg_distance", 4),
-        "KL, nats": cell(row, "kl_nats", 1),
+        "MSE as cut": cell(row, "mse_as_cut", ".4f"),
+        "VGG distance": cell(row, "vgg_distance", ".4f"),
+        "KL, nats": cell(row, "kl_nats", ".1f"),
     }
 
 
@@ -207,10 +208,8 @@ def main(argv=()):
     comparison = Comparison(
         s, "pruned", record.get("data"), split=s.split, judge=s.judge, judged=s.judged
     )
-    comparison.refuse_judge_of(record)
-    check_writable(comparison.folder)
-    check_writable(s.output_dir)
-    comparison.print_summary(
+    refuse_judge(comparison.judge_record, record)
+    comparison.begin(
         f"{s.epochs} epochs for each student, seed {s.seed}, peak learning rate "
         f"{s.learning_rate:g}"
     )

@@ -22,10 +22,10 @@ import matplotlib
 import torch
 
 from common import kind
-from common.comparison import Comparison, shape_name
+from common.comparison import Comparison, relative_change, shape_name
 from common.data import IMAGE_SHAPE
 from common.metrics import seconds_per_batch
-from common.models import count_macs, count_parameters
+from common.models import BEST_STUDENT, count_macs, count_parameters
 from common.pictures import save_figure
 from common.runtime import InputError, explain_errors, print_table, require, run_script
 from common.settings import parse_settings
@@ -209,7 +209,7 @@ class Search:
             "student": name,
             "shape": shape_name(shape),
             "arguments": shape,
-            "path": str(self.folder / folder / "tinyvae_best.pth"),
+            "path": str(self.folder / folder / BEST_STUDENT),
             "sampled_mse": last["val_sampled_mse"],
             "mse": last["val_mse"],
             "kl_nats": last["kl_nats"],
@@ -300,9 +300,9 @@ def print_rows(title, rows):
             "ms": f"{row['ms']:.2f}",
             "KL, nats": f"{row['kl_nats']:.1f}",
             "MSE of a sample": f"{row['sampled_mse']:.5f}",
-            "vs TinyVAE32": f"{row['sampled_mse'] / rows[0]['sampled_mse'] - 1:+.1%}",
+            "vs TinyVAE32": relative_change(row, rows[0], "sampled_mse"),
             "of the mean": f"{row['mse']:.5f}",
-            "vs TinyVAE32 ": f"{row['mse'] / rows[0]['mse'] - 1:+.1%}",
+            "vs TinyVAE32 ": relative_change(row, rows[0], "mse"),
         }
         for row in rows
     ])

@@ -34,6 +34,7 @@ from common.metrics import (
     vgg_distance,
 )
 from common.models import (
+    TRAINED_TEACHER,
     count_parameters,
     find_checkpoint,
     find_images,
@@ -49,8 +50,9 @@ from common.pictures import (
     draw_samples,
     draw_traversal,
 )
+from common.report import EVALUATION_FILES, SWAP_FILES
 from common.runtime import (
-    InputError,
+    cell,
     describe_device,
     pick_device,
     pick_precision,
@@ -60,7 +62,7 @@ from common.runtime import (
 )
 from common.settings import parse_settings
 from common.storage import check_writable, save_checkpoint, write_json
-from common.vgg import VGGFeatures, load_vgg16
+from common.vgg import VGGFeatures, load_vgg16, refuse_judge
 from tiny_vae_32 import TinyVAE32
 
 HERE = Path(__file__).resolve().parent
@@ -89,12 +91,6 @@ DEMO: kind.Switch = False  # evaluate the demo's student, in the folders demo/
 
 # --- Not settings ---
 
-TEACHER_FILE = "teacher_vae.pth"
-WRITTEN = (
-    "evaluation.json", "reconstruction_test.png", "interpolation_test.png", "samples.png",
-    "traversal.png", "colours.png",
-)
-SWAP_WRITTEN = ("code_maps.pth", "swap.png")  # with a teacher
 SWAP_IMAGES = 10_000  # training images that the maps between two codes are fitted to
 INTERPOLATED = 400  # test images whose pairs are interpolated for the unevenness
 
@@ -103,7 +99,7 @@ INTERPOLATED = 400  # test images whose pairs are interpolated for the unevennes
 
 
 def measure_vae(vae, images, precision, batch_size):
-    """The figures of the first table, and what is kept of brightness and colour."""
+    """The figures of the first table, and of the second the grid and what is kept of colours."""
     single, batch = to_float(images[:1]), to_float(images[:batch_size])
     return {
         "parameters": count_parameters(vae),
@@ -136,42 +132,37 @@ def measure_pca(pca, images):
     }
 
 
-def cell(figures, name, form, scale=1):
-    """A figure in a table; – where there is none."""
-    return form.format(scale * figures[name]) if name in figures else "–"
-
-
 def model_row(name, figures, teacher_bytes):
     smaller = f"{teacher_bytes / figures['weight_bytes']:.1f}×" if teacher_bytes else "–"
     return {
         "test split": name,
-        "parameters": cell(figures, "parameters", "{:,}"),
-        "weights, bytes": cell(figures, "weight_bytes", "{:,}"),
+        "parameters": cell(figures, "parameters", ","),
+        "weights, bytes": cell(figures, "weight_bytes", ","),
         "smaller": smaller,
-        "MSE": cell(figures, "mse", "{:.5f}"),
-        "mean PSNR, dB": cell(figures, "psnr", "{:.2f}"),
-        "SSIM": cell(figures, "ssim", "{:.4f}"),
-        "KL, nats": cell(figures, "kl_nats", "{:.1f}"),
-        "active": cell(figures, "active_dims", "{}"),
-        "ms/image": cell(figures, "ms_per_image", "{:.2f}"),
-        "images/s": cell(figures, "images_per_second", "{:,.0f}"),
+        "MSE": cell(figures, "mse", ".5f"),
+        "mean PSNR, dB": cell(figures, "psnr", ".2f"),
+        "SSIM": cell(figures, "ssim", ".4f"),
+        "KL, nats": cell(figures, "kl_nats", ".1f"),
+        "active": cell(figures, "active_dims", "d"),
+        "ms/image": cell(figures, "ms_per_image", ".2f"),
+        "images/s": cell(figures, "images_per_second", ",.0f"),
     }
 
 
 def code_row(name, figures):
-    grids = [cell(figures, f"grid_{period}", "{:.4f}") for period in (2, 4, 8)]
+    grids = [cell(figures, f"grid_{period}", ".4f") for period in (2, 4, 8)]
     return {
         "test split": name,
-        "MSE of a sample": cell(figures, "sampled_mse", "{:.5f}"),
-        "VGG distance": cell(figures, "vgg_distance", "{:.4f}"),
+        "MSE of a sample": cell(figures, "sampled_mse", ".5f"),
+        "VGG distance": cell(figures, "vgg_distance", ".4f"),
         "fixed grid": " / ".join(grids),
-        "interpolation unevenness": cell(figures, "unevenness", "{:.3f}"),
-        "CKA with teacher": cell(figures, "cka", "{:.3f}"),
-        "5-NN, %": cell(figures, "knn_accuracy", "{:.1f}", 100),
-        "linear probe, %": cell(figures, "probe_accuracy", "{:.1f}", 100),
-        "brightness, %": cell(figures, "luma_kept", "{:.0f}", 100),
-        "colour, %": cell(figures, "chroma_kept", "{:.0f}", 100),
-        "mean colour, %": cell(figures, "mean_chroma_kept", "{:.0f}", 100),
+        "interpolation unevenness": cell(figures, "unevenness", ".3f"),
+        "CKA with teacher": cell(figures, "cka", ".3f"),
+        "5-NN, %": cell(figures, "knn_accuracy", ".1f", 100),
+        "linear probe, %": cell(figures, "probe_accuracy", ".1f", 100),
+        "brightness, %": cell(figures, "luma_kept", ".0f", 100),
+        "colour, %": cell(figures, "chroma_kept", ".0f", 100),
+        "mean colour, %": cell(figures, "mean_chroma_kept", ".0f", 100),
     }
 
 
@@ -223,7 +214,7 @@ def load_models(settings):
     record, models = checkpoint.get("record", {}), {"student": student}
     teacher_file = settings.teacher or record.get("teacher")
     if teacher_file in (None, "train"):
-        teacher_file = TEACHER_FILE
+        teacher_file = TRAINED_TEACHER
     teacher_path = find_checkpoint(Path(teacher_file), settings.checkpoint_dir)
     if not settings.teacher and not record.get("with_teacher", True):
         print("teacher  none: the student was trained without one")
@@ -289,11 +280,7 @@ def main(argv=()):
     precision = pick_precision(settings.precision, device)
     models, student_path, teacher_path, checkpoint = load_models(settings)
     judge, judge_record = load_vgg16(settings.judge)
-    if judge and judge_record["vgg_sha256"] == checkpoint.get("record", {}).get("vgg_sha256"):
-        raise InputError(
-            f"the student was trained with the weights in {settings.judge}, so they cannot judge "
-            "it: name others with --judge, or none"
-        )
+    refuse_judge(judge_record, checkpoint.get("record", {}))
     check_writable(settings.output_dir)
     train, test, data = load_images(settings, student_path, checkpoint)
     train, test = train.to(device), test.to(device)
@@ -344,7 +331,7 @@ def main(argv=()):
         "swap": swap,
     }
     table, reconstructions, interpolations, samples, traversal, colours = files = [
-        settings.output_dir / name for name in WRITTEN
+        settings.output_dir / name for name in EVALUATION_FILES
     ]
     title = f"{data}, test split, {student_path.name}"
     write_json(table, evaluation)
@@ -356,7 +343,7 @@ def main(argv=()):
     functions = {name: reconstruction_of(model) for name, model in models.items()}
     functions[f"PCA, {settings.pca_components}"] = pca.reconstruct
     draw_colours(colours, test.images, functions, f"{title}: the most colourful images")
-    maps, picture = swap_files = [settings.output_dir / name for name in SWAP_WRITTEN]
+    maps, picture = swap_files = [settings.output_dir / name for name in SWAP_FILES]
     if swapped:
         named = {name.replace("_to_", "'s code,\n") + "'s decoder": vae
                  for name, vae in swapped.items()}

@@ -27,7 +27,7 @@ from common.folders import decode_images, list_images, read_image, refuse_unread
 from common.losses import kl_divergence
 from common.metrics import EVALUATION_BATCH
 from common.models import load_any_teacher, load_model
-from common.pictures import COLUMNS, draw_interpolations, draw_sheet, write_picture
+from common.pictures import PER_ROW, draw_interpolations, draw_sheet, write_picture
 from common.runtime import InputError, explain_errors, pick_device, progress_bar, run_script
 from common.settings import parse_settings
 from common.storage import check_writable, fingerprint, write_bytes
@@ -342,7 +342,7 @@ def find_nearest(s, pictures, networks, device):
         mu, _ = encode(vae, images, device)
         distances = (mu - mu[0]).norm(dim=1)
         distances[0] = -1  # first, whatever its copies
-        nearest = distances.argsort(stable=True)[:COLUMNS]
+        nearest = distances.argsort(stable=True)[:PER_ROW]
         rows.append((f"{name}: the first, and\nthose nearest to it", to_float(images[nearest])))
         captions.append(["", *(f"{distance:.1f}" for distance in distances[nearest[1:]])])
         print(f"{name}: nearest to {names[0]} are {', '.join(names[i] for i in nearest[1:])}")

@@ -13,7 +13,6 @@ fails is reported at the end, and the rest goes on. Writes bench_gpu.json and pr
 """
 
 import contextlib
-import csv
 import io
 import math
 import re
@@ -27,7 +26,7 @@ import torch
 from benchmarks import speed
 from common import kind, runtime
 from common.settings import parse_settings
-from common.storage import check_writable, write_json
+from common.storage import check_writable, read_csv, write_json
 
 HERE = Path(__file__).resolve().parents[1]
 VARIANTS = {  # flags of distill_tinyvae.py
@@ -96,8 +95,7 @@ def run(program, *flags):
         done = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
         if done.returncode:
             raise runtime.InputError(f"{' '.join(flags)}: {speed.error_of(done)}")
-        with Path(folder, "metrics.csv").open(newline="") as file:
-            return list(csv.DictReader(file)), done.stdout
+        return read_csv(Path(folder, "metrics.csv")), done.stdout
 
 
 # --- Does it compute the same? ---
@@ -148,9 +146,8 @@ def time_loop(*flags):
     with tempfile.TemporaryDirectory() as folder:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             speed.main([*flags, "--others=loop", "--repeats=1", f"--output-dir={folder}"])
-        with Path(folder, "bench_speed.csv").open(newline="") as file:
-            rows = [row for row in csv.DictReader(file) if row["trainer"] == "loop"]
-    return {row["stage"]: float(row["ms_per_step"]) for row in rows}
+        rows = read_csv(Path(folder, "bench_speed.csv"))
+    return {row["stage"]: float(row["ms_per_step"]) for row in rows if row["trainer"] == "loop"}
 
 
 def main(argv=()):

@@ -8,7 +8,6 @@ each batch, and on a CPU the threads, so that all do the same work on the same m
 bench_scaling.csv.
 """
 
-import csv
 import os
 import subprocess
 import sys
@@ -19,7 +18,7 @@ import torch
 
 from common import kind, runtime
 from common.settings import parse_settings
-from common.storage import check_writable, write_csv
+from common.storage import check_writable, read_csv, write_csv
 
 HERE = Path(__file__).resolve().parents[1]
 
@@ -58,8 +57,7 @@ def measure(processes, settings):
         done = subprocess.run(command, cwd=HERE, env=threaded, stdout=subprocess.DEVNULL)
         if done.returncode:
             raise runtime.InputError(f"{processes} processes did not finish, for the reason above")
-        with Path(folder, "metrics.csv").open(newline="") as file:
-            *_, last = csv.DictReader(file)
+        *_, last = read_csv(Path(folder, "metrics.csv"))
     milliseconds = float(last["ms_per_step"])
     return {
         "processes": processes, "threads_each": threads, "ms_per_step": milliseconds,

@@ -15,7 +15,6 @@ Every run is a process of its own, and all take turns in every repeat; the table
 step's time does not depend on what the images show: generated ones serve. Writes bench_speed.csv.
 """
 
-import csv
 import re
 import statistics
 import subprocess
@@ -32,10 +31,11 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.transforms.functional import normalize
 
+import distill_tinyvae
 from common import kind, losses, runtime
 from common.settings import parse_settings
 from common.sources import load_training_images
-from common.storage import check_writable, write_csv
+from common.storage import check_writable, read_csv, write_csv
 from common.vgg import load_vgg16
 from standard_vae import StandardVAE
 from tiny_vae_32 import TinyVAE32
@@ -61,9 +61,7 @@ REPEATS: kind.Count = 3  # all take turns in each
 OUTPUT_DIR: kind.Folder = HERE / "outputs"  # folder of bench_speed.csv
 
 # --- Not settings ---
-# As in distill_tinyvae.py, but for the learning rate:
-WEIGHTS = {"reconstruction": 0.3, "kl": 0.1, "latent": 0.3, "output": 0.2, "perceptual": 0.1}
-KL_SCALE, PERCEPTUAL_SCALE, TEMPERATURE, TEACHER_KL_WEIGHT = 0.4, 4.0, 3.0, 0.01
+RECIPE = ("--teacher=train", "--vgg=random")  # else as at the top of distill_tinyvae.py
 LEARNING_RATE = 1e-4  # low, so that the losses of few steps can be compared
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 COLUMNS = (
@@ -79,9 +77,10 @@ class Loss(nn.Module):
     """Float images → the loss of a teacher, or of a student that learns from one, whose VGG16 sees
     the first `seen` images; None: all. Keeps each step's loss, and when that was read."""
 
-    def __init__(self, model, teacher=None, projection=None, vgg16=None, seen=None):
+    def __init__(self, model, recipe, teacher=None, projection=None, vgg16=None, seen=None):
         super().__init__()
-        self.model, self.teacher, self.projection = model, teacher, projection
+        self.model, self.recipe = model, recipe  # the settings of distill_tinyvae.py
+        self.teacher, self.projection = teacher, projection
         self.vgg16, self.seen = vgg16, seen
         self.values, self.times = [], []
         model.check_range = False  # a safeguard that training leaves out
@@ -96,7 +95,7 @@ class Loss(nn.Module):
         mu, logvar = self.model.encode(images)
         reconstruction = self.model.decode(self.model.reparameterize(mu, logvar))
         error = losses.reconstruction_loss(reconstruction, images)
-        return error + TEACHER_KL_WEIGHT * losses.kl_loss(mu, logvar)
+        return error + self.recipe.teacher_kl_weight * losses.kl_loss(mu, logvar)
 
     def student_loss(self, images):
         self.projection.retract()  # after the last step
@@ -108,15 +107,17 @@ class Loss(nn.Module):
         z = self.model.reparameterize(mu, logvar)
         logits, logits_of_mean = self.model.decode_logits(torch.cat([z, mu])).chunk(2)
         shown = losses.without_grid(torch.sigmoid(logits_of_mean), images)[: self.seen]
-        perceptual = losses.perceptual_loss(self.features, shown, images[: self.seen])
         terms = {
             "reconstruction": losses.reconstruction_loss(torch.sigmoid(logits), images),
-            "kl": KL_SCALE * losses.kl_loss(mu, logvar),
+            "kl": losses.kl_loss(mu, logvar),
             "latent": losses.latent_distillation_loss(mu, self.projection(teacher_mu)),
-            "output": losses.output_distillation_loss(logits_of_mean, teacher_logits, TEMPERATURE),
-            "perceptual": PERCEPTUAL_SCALE * perceptual,
+            "output": losses.output_distillation_loss(
+                logits_of_mean, teacher_logits, self.recipe.temperature
+            ),
+            "perceptual": losses.perceptual_loss(self.features, shown, images[: self.seen]),
         }
-        return sum(WEIGHTS[name] * term for name, term in terms.items())
+        weights = distill_tinyvae.term_weights(self.recipe)
+        return sum(weight * terms[name] for name, weight in weights.items())
 
     def features(self, images):
         """VGG16's after relu1_2, relu2_2 and relu3_3, scaled to unit length over channels."""
@@ -189,6 +190,7 @@ def train(trainer, job_file, folder):
     torch.backends.cudnn.allow_tf32 = False  # as in ours
     fit = {"lightning": fit_lightning, "pythae": fit_pythae}.get(trainer, fit_loop)
     images, device = job["images"], job["device"]
+    recipe = parse_settings(vars(distill_tinyvae), RECIPE)
     loader = DataLoader(TensorDataset(images / 255), job["batch_size"], shuffle=True)
 
     def row(stage, loss):
@@ -200,7 +202,7 @@ def train(trainer, job_file, folder):
 
     torch.manual_seed(0)
     teacher = StandardVAE()
-    rows = [row("teacher", Loss(teacher))]
+    rows = [row("teacher", Loss(teacher, recipe))]
     torch.manual_seed(0)
     student = TinyVAE32()
     teacher.to(device).eval().requires_grad_(False)
@@ -208,7 +210,7 @@ def train(trainer, job_file, folder):
         mu = torch.cat([teacher.encode(part.to(device) / 255)[0] for part in images.split(500)])
     projection = losses.make_projection("pixels", mu, images.to(device), student.latent_dim)
     seen = None if trainer == "loop_all" else job["perceptual_images"] or None
-    rows.append(row("student", Loss(student, teacher, projection, job["vgg16"], seen)))
+    rows.append(row("student", Loss(student, recipe, teacher, projection, job["vgg16"], seen)))
     write_csv(Path(folder) / "metrics.csv", ("stage", "loss", "ms_per_step"), rows)
 
 
@@ -226,7 +228,7 @@ def measure(trainer, job_file, settings):
         command = ["-c", code, trainer, job_file, folder]
         if trainer == "ours":
             command = [
-                "distill_tinyvae.py", "--teacher=train", "--optimizer=adam", "--vgg=random",
+                "distill_tinyvae.py", *RECIPE, "--optimizer=adam",
                 f"--learning-rate={LEARNING_RATE}", f"--teacher-learning-rate={LEARNING_RATE}",
                 f"--data={s.data}", f"--limit={s.limit}", f"--batch-size={s.batch_size}",
                 f"--perceptual-images={s.perceptual_images}", f"--teacher-epochs={s.epochs}",
@@ -238,8 +240,8 @@ def measure(trainer, job_file, settings):
         seconds = time.perf_counter() - start
         if done.returncode:
             raise runtime.InputError(f"{trainer} could not train: {error_of(done)}")
-        with Path(folder, "metrics.csv").open(newline="") as file:
-            last = {row["stage"]: row for row in csv.DictReader(file)}  # the last epoch of each
+        rows = read_csv(Path(folder, "metrics.csv"))
+    last = {row["stage"]: row for row in rows}  # the last epoch of each
     return [
         {"stage": stage, "command_seconds": seconds}
         | {name: float(row[name]) for name in ("ms_per_step", "loss")}

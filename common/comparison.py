@@ -26,12 +26,12 @@ from common.runtime import InputError, describe_device, pick_device, pick_precis
 from common.settings import flag_value
 from common.sources import load_test_images, load_training_images
 from common.storage import check_writable, load_checkpoint, locked
-from common.vgg import VGGFeatures, load_vgg16
+from common.vgg import VGGFeatures, load_vgg16, refuse_judge
 from tiny_vae_32 import TinyVAE32
 
 SCRIPT = Path(__file__).resolve().parents[1] / "distill_tinyvae.py"
 SPLITS = {"val": "validation", "test": "test"}
-SHAPE = ("encoder_channels", "latent_dim", "decoder_channels")  # of a TinyVAE32
+ARGUMENTS = ("encoder_channels", "latent_dim", "decoder_channels")  # of a TinyVAE32
 # What `Comparison.measure` finds of a student, beside its parameters and the split.
 FIGURES = ("mse", "sampled_mse", "psnr", "kl_nats", "active_dims", "vgg_distance")
 PLOTTED = {"mse": "MSE from mu, pixels in [0, 1]", "vgg_distance": "VGG distance"}
@@ -40,21 +40,20 @@ PLOTTED = {"mse": "MSE from mu, pixels in [0, 1]", "vgg_distance": "VGG distance
 # --- The shape of a student in a word ---
 
 
-def shape():
-    """A setting: the shape of a TinyVAE32 in a word, 16-32-64-128_64_128-64-32-16 for the default:
-    channels of its encoder, latents, channels of its decoder. Constructor arguments."""
+def read_shape(word):
+    """16-32-64-128_64_128-64-32-16, the default's: channels of a TinyVAE32's encoder, latents,
+    channels of its decoder → its constructor's arguments."""
+    encoder, latents, decoder = str(word).split("_")
+    encoder, decoder = (kind.Channels.read(side.split("-")) for side in (encoder, decoder))
+    return dict(zip(ARGUMENTS, (encoder, kind.Count.read(latents), decoder)))
 
-    def read(word):
-        encoder, latents, decoder = str(word).split("_")
-        encoder, decoder = (kind.Channels.read(side.split("-")) for side in (encoder, decoder))
-        return dict(zip(SHAPE, (encoder, kind.Count.read(latents), decoder)))
 
-    return kind.Kind(read, "a shape like 16-32-64-128_64_128-64-32-16")
+Shape = kind.Kind(read_shape, "a shape like 16-32-64-128_64_128-64-32-16")  # of a setting
 
 
 def shape_name(shape):
-    """Constructor arguments of a TinyVAE32 → the word for its shape."""
-    encoder, latents, decoder = (shape[name] for name in SHAPE)
+    """The word for these arguments."""
+    encoder, latents, decoder = (shape[name] for name in ARGUMENTS)
     return f"{'-'.join(map(str, encoder))}_{latents}_{'-'.join(map(str, decoder))}"
 
 
@@ -102,7 +101,7 @@ def as_flags(settings):
 
 
 def run_process(command, stdout):
-    """A command's exit code; it ends with this process."""
+    """A command's exit code. A function, so that tests can train in their own process instead."""
     return subprocess.run(command, stdout=stdout).returncode
 
 
@@ -147,18 +146,9 @@ class Comparison:
         self.held_out = held_out.to(self.device)
         _, self.vgg_record = load_vgg16(settings.vgg)
         judge, self.judge_record = load_vgg16(judge)
-        self.refuse_judge_of(self.vgg_record)
+        refuse_judge(self.judge_record, self.vgg_record)
         self.judge = judge and VGGFeatures(judge).to(self.device)
         self.judged = evenly_spaced(self.held_out.images, judged)
-
-    def refuse_judge_of(self, record):
-        """Raise InputError if the judge is the VGG16 that a student with this record knows."""
-        sha256 = self.judge_record["vgg_sha256"]
-        if sha256 and sha256 == record.get("vgg_sha256"):
-            raise InputError(
-                "--judge holds the weights that the students are trained with, which cannot judge "
-                "them: name others, or --judge none"
-            )
 
     def train_student(self, label, folder, seed, **changes):
         """`run_distillation` with the images and the teacher of this comparison."""
@@ -196,7 +186,14 @@ class Comparison:
             row["vgg_distance"] = vgg_distance(vae, self.judged, self.judge)
         return row
 
+    def begin(self, budget):
+        """Make the folders that are written to, and `print_summary`."""
+        check_writable(self.folder)
+        check_writable(self.settings.output_dir)
+        self.print_summary(budget)
+
     def print_summary(self, budget):
+        """What is compared, and with which budget, in words."""
         print(
             f"teacher  {self.teacher_path or 'none'}\n"
             f"images   {self.data}: {len(self.train.images):,} to train on; figures are of "
@@ -209,11 +206,6 @@ class Comparison:
 
 
 # --- Tables and plots ---
-
-
-def cell(row, name, digits):
-    """A figure for a table; – where the row lacks it."""
-    return f"{row[name]:.{digits}f}" if name in row else "–"
 
 
 def relative_change(row, other, name):

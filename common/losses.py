@@ -178,19 +178,6 @@ class FreeProjection(nn.Module):
         with torch.autocast(teacher_mu.device.type, enabled=False):
             return self.linear(teacher_mu)
 
-    def retract(self):
-        """Nothing: there is no constraint to return to."""
-
-
-class NoProjection(nn.Module):
-    """The teacher's mu as it is: for one with the student's number of latents and a like rate."""
-
-    def forward(self, teacher_mu):
-        return teacher_mu
-
-    def retract(self):
-        """Nothing: nothing is learned."""
-
 
 PROJECTIONS = ("pixels", "principal", "free", "identity")
 
@@ -201,7 +188,8 @@ def make_projection(kind, teacher_mu, images, latent_dim, student_mu=None, compo
     Args:
         kind: `pixels`, a LatentProjection that starts at the directions that explain most of the
             pixels; `principal`, one that starts at the principal components; `free`, a
-            FreeProjection from the start of `pixels`; `identity`, a NoProjection.
+            FreeProjection from the start of `pixels`; `identity`, mu as it is, for a teacher with
+            the student's number of latents and a like rate.
         teacher_mu: of the training images, N×512.
         images: the same images, uint8, N×3×32×32.
         latent_dim: the student's.
@@ -214,7 +202,7 @@ def make_projection(kind, teacher_mu, images, latent_dim, student_mu=None, compo
     than the student has latents.
     """
     if kind == "identity":
-        return NoProjection()
+        return nn.Identity()
     # Fewer images span fewer directions; but for one for each latent, none without variance.
     components = max(latent_dim, min(components, teacher_mu.shape[1], len(teacher_mu) - 1))
     if kind == "principal":
@@ -274,7 +262,7 @@ def smooth_logits(logits):
 # --- The perceptual term ---
 
 
-def without_grid(reconstruction, images, period=8):
+def without_grid(reconstruction, images):
     """The reconstructions less the grid that all of them share, so that VGG16 does not see it.
 
     A decoder that doubles the size in each stage can add a fixed grid of a few grey levels to
@@ -285,10 +273,9 @@ def without_grid(reconstruction, images, period=8):
 
     Args:
         reconstruction, images: N×3×32×32 in [0, 1].
-        period: of the grid, pixels; a divisor of 32.
     """
-    grid = fixed_grid(reconstruction - images, period)                          # 3×8×8
-    repeats = images.shape[-1] // period
+    grid = fixed_grid(reconstruction - images, 8)                               # 3×8×8
+    repeats = images.shape[-1] // 8
     return reconstruction - grid.repeat(1, repeats, repeats)
 
 

@@ -1,6 +1,7 @@
 """How good a reconstruction is, what the latents carry, how fast a model runs; the baseline, PCA.
 
-Everything takes images as uint8, N×3×32×32, compares pixels in [0, 1], and decodes from mu.
+What takes a model takes images as uint8, N×3×32×32, compares pixels in [0, 1], and, but for
+`sampled_mse`, decodes from mu.
 """
 
 import statistics

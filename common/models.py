@@ -16,7 +16,7 @@ from common.storage import load_checkpoint, refuse_other_weights
 from standard_vae import StandardVAE
 from tiny_vae_32 import TinyVAE32
 
-BEST_STUDENT = "tinyvae_best.pth"  # what a run leaves
+BEST_STUDENT, TRAINED_TEACHER = "tinyvae_best.pth", "teacher_vae.pth"  # what a run leaves
 RELEASED = Path(__file__).resolve().parents[1] / "checkpoints" / "tinyvae_cifar10.pth"
 MODELS = {"StandardVAE": StandardVAE, "TinyVAE32": TinyVAE32}
 
@@ -69,7 +69,7 @@ def load_any_teacher(path):
         lambda reason: f"common/own_teacher.py could not build a teacher from {path} ({reason})"
     ):
         own = own_teacher.load(path)
-    return (own, {"architecture": own.architecture}) if own else load_model(path)
+    return (own, {}) if own else load_model(path)
 
 
 def find_checkpoint(path, folder):

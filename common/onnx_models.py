@@ -68,18 +68,17 @@ def fold_batch_norm(layers):
 
 def to_onnx(part, vae, record):
     """The ONNX model of a part; its metadata say of which student, and what goes in and out."""
-    with silence():
-        program = torch.onnx.export(
-            part,
-            (part.example,),
-            dynamo=True,
-            external_data=False,
-            opset_version=OPSET,
-            dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
-            input_names=[part.input],
-            output_names=part.outputs,
-            verbose=False,
-        )
+    program = torch.onnx.export(
+        part,
+        (part.example,),
+        dynamo=True,
+        external_data=False,
+        opset_version=OPSET,
+        dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
+        input_names=[part.input],
+        output_names=part.outputs,
+        verbose=False,
+    )
     model = program.model_proto
     strip(model)
     notes = {

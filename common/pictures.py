@@ -15,7 +15,7 @@ from common.losses import kl_divergence
 from common.metrics import evaluate_images, luma_chroma
 from common.storage import write_bytes
 
-COLUMNS = 10  # images in a row
+PER_ROW = 10  # images in a row
 PAIRS = 4  # pairs in the interpolation picture
 STEPS = 9  # images from one end of an interpolation or traversal to the other, ends included
 SAMPLE_ROWS = 2  # rows of prior samples for each model
@@ -27,7 +27,7 @@ ERROR_GAIN = 4  # errors are small: drawn this many times larger
 @torch.no_grad()
 def draw_reconstructions(path, images, models, title):
     """A row of originals, the same each time, a row for each model, and the last model's error."""
-    originals = to_float(evenly_spaced(images, COLUMNS))
+    originals = to_float(evenly_spaced(images, PER_ROW))
     rows = {"original": originals}
     rows |= {name: model.decode(model.encode(originals)[0]) for name, model in models.items()}
     last = rows[list(models)[-1]]
@@ -65,9 +65,9 @@ def draw_samples(path, models, title):
     rows = []
     for name, model in models.items():
         generator = torch.Generator().manual_seed(0)
-        z = torch.randn(SAMPLE_ROWS * COLUMNS, model.latent_dim, generator=generator)
+        z = torch.randn(SAMPLE_ROWS * PER_ROW, model.latent_dim, generator=generator)
         images = model.decode(z.to(next(model.parameters()).device))
-        rows += [(name, some) for some in images.split(COLUMNS)]
+        rows += [(name, some) for some in images.split(PER_ROW)]
     save_figure(image_rows(rows, title)[0], path)
 
 
@@ -93,7 +93,7 @@ def draw_colours(path, images, reconstructions, title):
     """The images whose colours vary most within them, and what is kept of that, a row for each of
     `reconstructions`, name → function of float images."""
     variety = [luma_chroma(to_float(some))[1].var((2, 3)).sum(1) for some in images.split(1000)]
-    chosen = images[torch.cat(variety).topk(min(COLUMNS, len(images))).indices]
+    chosen = images[torch.cat(variety).topk(min(PER_ROW, len(images))).indices]
     rows = [("original", to_float(chosen))]
     for name, reconstruct in reconstructions.items():
         figures = evaluate_images(reconstruct, chosen, in_full=True)
@@ -112,15 +112,15 @@ def draw_sheet(path, rows, title, captions=()):
         captions: of each of the last rows, N words, beneath its pictures.
     """
     count = len(rows[0][1])
-    starts = range(0, count, COLUMNS)
-    blank = torch.ones(-count % COLUMNS if count > COLUMNS else 0, *rows[0][1].shape[1:])
+    starts = range(0, count, PER_ROW)
+    blank = torch.ones(-count % PER_ROW if count > PER_ROW else 0, *rows[0][1].shape[1:])
     filled = [(name, torch.cat([pictures, blank])) for name, pictures in rows]
-    lines = [(name, pictures[i : i + COLUMNS]) for i in starts for name, pictures in filled]
+    lines = [(name, pictures[i : i + PER_ROW]) for i in starts for name, pictures in filled]
     figure, axes = image_rows(lines, title)
     for number, line in enumerate(axes):
-        start, row = COLUMNS * (number // len(rows)), number % len(rows) - len(rows)
+        start, row = PER_ROW * (number // len(rows)), number % len(rows) - len(rows)
         if -row <= len(captions):
-            for ax, caption in zip(line, captions[row][start : start + COLUMNS]):
+            for ax, caption in zip(line, captions[row][start : start + PER_ROW]):
                 ax.set_xlabel(caption, fontsize=7, labelpad=1)
     save_figure(figure, path)
 

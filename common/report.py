@@ -15,6 +15,12 @@ from common.synthetic import photo_crops
 FEW_IMAGES = 10_000  # with fewer, pictures made by the teacher help: docs/results.md
 TENSORBOARD = "tensorboard"  # a folder in that of the outputs
 PICTURES = ("training_curves.png", "reconstruction_test.png", "interpolation_test.png")
+# Of test_trained_model.py; the last two where there is a teacher.
+EVALUATION_FILES = (
+    "evaluation.json", "reconstruction_test.png", "interpolation_test.png", "samples.png",
+    "traversal.png", "colours.png",
+)
+SWAP_FILES = ("code_maps.pth", "swap.png")
 
 
 def print_summary(run):
@@ -191,6 +197,4 @@ def print_results(run, teacher, student, seconds, files):
     if run.device.type == "cuda":
         peak = torch.cuda.max_memory_reserved() / 2**30
         print(f"\nPeak GPU memory: {peak:.2f} GiB, beside what CUDA itself takes")
-    print(f"\nDone in {seconds / 60:.1f} minutes. Written:")
-    for path in files:
-        print(f"  {path}")
+    print(f"\nDone in {seconds / 60:.1f} minutes. Written:", *files, sep="\n  ")

@@ -8,10 +8,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from common import report
 from common.distributed import first_process_first, rank, wait_for_all, world_size
 from common.losses import TERMS
 from common.made_images import code_statistics, training_images
-from common.models import load_any_teacher, load_model
+from common.models import BEST_STUDENT, TRAINED_TEACHER, load_any_teacher, load_model
 from common.recipe import (
     COMPARED,
     NOT_COMPARED,
@@ -22,7 +23,6 @@ from common.recipe import (
     TEACHER_SHAPE,
     check_recipe,
 )
-from common.report import PICTURES, TENSORBOARD, draw, log_epoch
 from common.runtime import DTYPES, InputError, describe_device, pick_precision, require, versions
 from common.settings import Settings
 from common.storage import (
@@ -39,17 +39,11 @@ from common.vgg import VGGFeatures, load_vgg16
 from standard_vae import StandardVAE
 from tiny_vae_32 import TinyVAE32
 
-TEACHER, TEACHER_STATE = "teacher_vae.pth", "teacher_last.pth"
-BEST, STUDENT_STATE, NUMBERED = "tinyvae_best.pth", "tinyvae_last.pth", "tinyvae_epoch_{:03d}.pth"
+TEACHER_STATE, STUDENT_STATE = "teacher_last.pth", "tinyvae_last.pth"
+NUMBERED = "tinyvae_epoch_{:03d}.pth"
 RUN_FILES = (
-    TEACHER_STATE, STUDENT_STATE, BEST, "tinyvae_epoch_*.pth", "metrics.csv", "config.json",
+    TEACHER_STATE, STUDENT_STATE, BEST_STUDENT, "tinyvae_epoch_*.pth", "metrics.csv", "config.json",
 )
-# What --overwrite removes as well, with what test_trained_model.py has drawn of the old student.
-EVALUATION_FILES = (
-    *PICTURES, "evaluation.json", "samples.png", "traversal.png", "colours.png", "code_maps.pth",
-    "swap.png",
-)
-
 COLUMNS = (  # of metrics.csv; kl is in nats / 3072, *_weighted are the parts of the loss
     "stage", "epoch", "loss", *TERMS, *(f"{term}_weighted" for term in TERMS), "val_mse",
     "val_psnr", "val_sampled_mse", "kl_nats", "kl_per_latent", "active_dims", "projected_std",
@@ -203,12 +197,12 @@ def check_files(s):
             )
     if s.resume:
         saved = {path.name for path in find_files(s, ("*.pth",))}
-        if BEST in saved and STUDENT_STATE not in saved:
+        if BEST_STUDENT in saved and STUDENT_STATE not in saved:
             raise InputError(
                 f"{s.checkpoint_dir} holds a student but no {STUDENT_STATE} to resume from: "
                 "--overwrite replaces it, another --checkpoint-dir keeps it"
             )
-        if not saved & {TEACHER_STATE, TEACHER, STUDENT_STATE}:
+        if not saved & {TEACHER_STATE, TRAINED_TEACHER, STUDENT_STATE}:
             print(f"Nothing to resume in {s.checkpoint_dir}: starting from the beginning.")
     elif earlier and not s.overwrite:
         raise InputError(
@@ -278,10 +272,11 @@ def prepared(run):
 
 def remove_earlier_run(run):
     """Remove what --overwrite and --demo replace. A teacher of the same settings stays."""
-    for path in find_files(run.settings, RUN_FILES + EVALUATION_FILES):
+    drawn = (*report.PICTURES, *report.EVALUATION_FILES, *report.SWAP_FILES)
+    for path in find_files(run.settings, (*RUN_FILES, *drawn)):
         path.unlink()
-    shutil.rmtree(run.output(TENSORBOARD), ignore_errors=True)
-    teacher = run.checkpoint(TEACHER)
+    shutil.rmtree(run.output(report.TENSORBOARD), ignore_errors=True)
+    teacher = run.checkpoint(TRAINED_TEACHER)
     if not (run.trains_teacher and teacher.exists()):
         return
     try:
@@ -296,7 +291,7 @@ def check_earlier_run(run):
     settings = [name for name in run.settings.as_dict() if name not in NOT_COMPARED]
     recipes = dict.fromkeys((TEACHER_STATE, STUDENT_STATE), (*COMPARED, *settings))
     if run.trains_teacher:
-        recipes[TEACHER] = TEACHER_RECIPE
+        recipes[TRAINED_TEACHER] = TEACHER_RECIPE
     for name, recipe in recipes.items():
         path = run.checkpoint(name)
         if path.exists():
@@ -312,10 +307,9 @@ def state_to_resume(run, name):
     if not (run.settings.resume and path.exists()):
         return None
     earlier = load_checkpoint(path)["record"]
-    earlier = {"perceptual_precision": earlier["precision"]} | earlier  # of before that setting
     for what in ("device_name", "precision", "perceptual_precision", "versions"):
-        if earlier[what] != run.record[what] and run.record[what]:
-            print(f"{path}: {what} has changed: {earlier[what]} → {run.record[what]}")
+        if earlier.get(what) != run.record[what] and run.record[what]:
+            print(f"{path}: {what} has changed: {earlier.get(what)} → {run.record[what]}")
     return path
 
 
@@ -323,7 +317,7 @@ def load_teacher(run):
     """The teacher of --teacher, or that of the checkpoint folder if one is needed, and its rows of
     metrics.csv; None and no rows where there is none. Prints which."""
     given = run.settings.teacher if run.teacher else None
-    path = given or run.checkpoint(TEACHER)
+    path = given or run.checkpoint(TRAINED_TEACHER)
     if not given and not (run.needs_teacher and path.exists()):
         return None, []
     if not given and not rank():  # left by a run that died as stage 1 ended
@@ -340,7 +334,7 @@ def load_teacher(run):
 def write_metrics(run, rows, earlier=()):
     """Write the rows of a stage, after those of the earlier one."""
     if run.settings.tensorboard and rows:
-        log_epoch(run, rows[-1])
+        report.log_epoch(run, rows[-1])
     rows = [*earlier, *rows]
     others = [name for row in rows for name in row if name not in COLUMNS]  # of another objective
     write_csv(run.output("metrics.csv"), (*COLUMNS, *dict.fromkeys(others)), rows)
@@ -360,7 +354,7 @@ def finish_teacher(run, state, teacher):
         kept = ("stage", "architecture", "epoch", "model", "rows")
         checkpoint = {key: state[key] for key in kept} | {"record": run.record}
         checkpoint |= code_statistics(teacher.eval(), run.images, run.precision)
-        save_checkpoint(run.checkpoint(TEACHER), checkpoint)
+        save_checkpoint(run.checkpoint(TRAINED_TEACHER), checkpoint)
         run.checkpoint(TEACHER_STATE).unlink(missing_ok=True)
 
 
@@ -379,10 +373,10 @@ def save_student(run, state, student, teacher, teacher_rows):
     if epoch:
         competing = rows[-1:] if s.rate and epoch == s.epochs else rows
         if rows[-1]["val_mse"] == min(row["val_mse"] for row in competing):
-            save_checkpoint(run.checkpoint(BEST), weights_only)
+            save_checkpoint(run.checkpoint(BEST_STUDENT), weights_only)
         if epoch % s.save_every == 0:
             save_checkpoint(run.checkpoint(NUMBERED.format(epoch)), weights_only)
-            draw(run, teacher, student.eval(), teacher_rows + rows, f"epoch {epoch}")
+            report.draw(run, teacher, student.eval(), teacher_rows + rows, f"epoch {epoch}")
     save_checkpoint(run.checkpoint(STUDENT_STATE), state)
     write_metrics(run, rows, teacher_rows)
 
@@ -390,14 +384,14 @@ def save_student(run, state, student, teacher, teacher_rows):
 def best_student(run):
     """The student of the epoch with the lowest validation error."""
     wait_for_all()  # the first process may still be writing it
-    return load_model(run.checkpoint(BEST), TinyVAE32)[0].to(run.device)
+    return load_model(run.checkpoint(BEST_STUDENT), TinyVAE32)[0].to(run.device)
 
 
 def find_files(settings, names):
     folders = {settings.checkpoint_dir.resolve(), settings.output_dir.resolve()}
-    return sorted(path for folder in folders for name in names for path in folder.glob(name))
+    return sorted({path for folder in folders for name in names for path in folder.glob(name)})
 
 
 def written_files(run):
-    own = (TEACHER,) if run.trains_teacher else ()
-    return find_files(run.settings, (*own, *RUN_FILES, *PICTURES))
+    own = (TRAINED_TEACHER,) if run.trains_teacher else ()
+    return find_files(run.settings, (*own, *RUN_FILES, *report.PICTURES))

@@ -120,7 +120,12 @@ def explain_errors(sentence):
 
 def pick_device(name):
     """`auto` takes CUDA, then MPS, then the CPU. Of several GPUs, a process of torchrun takes its
-    own. Raises InputError if a named one is missing, or one that is there cannot compute."""
+    own. Raises InputError if a named one is missing, or one that is there cannot compute.
+
+    fp32 means it: TF32, which Ampere and later use in convolutions by default, is turned off.
+    """
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.benchmark = True  # shapes are few: look for the fastest algorithm once
     has_cuda, warning = look_for_cuda()
     built_for_cuda = torch.version.cuda or torch.version.hip
     no_cuda = "finds no GPU, or no driver" if built_for_cuda else "is built without it"
@@ -169,11 +174,7 @@ def pick_precision(name, device, flag="--precision"):
     elsewhere. On CPUs bf16 is faster or slower by the CPU and the network (docs/speed.md).
 
     Raises InputError, which names the flag, for what the device lacks.
-
-    fp32 means it: TF32, which Ampere and later use in convolutions by default, is turned off.
     """
-    torch.backends.cudnn.allow_tf32 = False
-    torch.backends.cudnn.benchmark = True  # shapes are few: look for the fastest algorithm once
     if name == "fp16" and device.type != "cuda":
         raise InputError(
             f"fp16 training needs a CUDA device, this is {device.type}: use {flag} auto"
@@ -230,6 +231,11 @@ def print_table(rows):
     for line in lines:
         cells = [cell.rjust(width) for cell, width in zip(line, widths)]
         print("|", " | ".join([line[0].ljust(widths[0]), *cells[1:]]), "|")
+
+
+def cell(row, name, form, scale=1):
+    """A figure of a row for a table, scaled, in Python's format; – where the row lacks it."""
+    return f"{scale * row[name]:{form}}" if name in row else "–"
 
 
 def versions():

@@ -128,6 +128,12 @@ def write_csv(path, columns, rows):
     write_bytes(path, text.getvalue().encode())
 
 
+def read_csv(path):
+    """The rows of a table: dictionaries of strings."""
+    with Path(path).open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def save_checkpoint(path, checkpoint):
     """Write tensors, numbers, strings, lists and dictionaries: what `weights_only=True` reads."""
     buffer = io.BytesIO()

@@ -7,6 +7,7 @@ import time
 
 import torch
 from torch import nn
+from torch.optim.swa_utils import update_bn
 
 from common.data import shuffled_batches, to_float
 from common.distributed import average, data_parallel, own_rows
@@ -193,7 +194,7 @@ def validate(network, run):
 
 
 @torch.no_grad()
-def calibrate(model, images, precision, with_samples=False):
+def calibrate(model, images, precision, with_samples):
     """Set the statistics of all BatchNorm layers to those of uint8 images and of their codes.
 
     A running mean over the last ten or so batches is noisy, by up to 3% of the error; statistics
@@ -205,26 +206,20 @@ def calibrate(model, images, precision, with_samples=False):
     Leaves the model in evaluation mode, and the random state as it was.
     """
     model.eval()
+    chunks = images.split(EVALUATION_BATCH)
     generator = torch.Generator().manual_seed(0)
-    for part in (model.encoder, model.decoder):  # the decoder's depend on the encoder's
-        layers = [layer for layer in part if hasattr(layer, "running_mean")]
-        momenta = [layer.momentum for layer in layers]
-        for layer in layers:
-            layer.reset_running_stats()
-            layer.momentum = None  # a plain mean over batches
-            layer.train()
-        for chunk in images.split(EVALUATION_BATCH):
-            with autocast(images.device, precision):
-                mu, logvar = model.encode(to_float(chunk))
-                if part is model.decoder:
-                    codes = mu
-                    if with_samples:
-                        noise = torch.randn(mu.shape, generator=generator).to(mu.device)
-                        codes = torch.cat([mu, model.reparameterize(mu, logvar, noise)])
-                    model.decode_logits(codes)
-        for layer, momentum in zip(layers, momenta):
-            layer.momentum = momentum
-            layer.eval()
+
+    def decoder_inputs():
+        for chunk in chunks:
+            codes, logvar = model.encode(to_float(chunk))
+            if with_samples:
+                noise = torch.randn(codes.shape, generator=generator).to(codes.device)
+                codes = torch.cat([codes, model.reparameterize(codes, logvar, noise)])
+            yield model.decoder_input(codes).view(len(codes), -1, 2, 2)
+
+    with autocast(images.device, precision):
+        update_bn(map(to_float, chunks), model.encoder)
+        update_bn(decoder_inputs(), model.decoder)  # whose statistics depend on the encoder's
 
 
 # --- Resuming ---

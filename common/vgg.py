@@ -103,5 +103,16 @@ def load_vgg16(source, seed=0):
     return features, vgg_record(features, description)
 
 
+def refuse_judge(judge_record, record):
+    """Raise InputError if the VGG16 that judges, by its record, is the one that a student with this
+    record was trained with."""
+    sha256 = judge_record["vgg_sha256"]
+    if sha256 and sha256 == record.get("vgg_sha256"):
+        raise InputError(
+            "--judge holds the VGG16 weights that the student was trained with, which cannot judge "
+            "it: name others, or --judge none"
+        )
+
+
 def vgg_record(features, description):
     return {"vgg_weights": description, "vgg_sha256": fingerprint(features)}

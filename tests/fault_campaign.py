@@ -13,7 +13,6 @@ Students that a script trains in processes of their own are trained in the same 
 that a fault meets them too; and nothing is drawn in training, which would take longer.
 """
 
-import csv
 import errno
 import importlib
 import json
@@ -32,10 +31,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from common import comparison, kind, report, runs
+from common import comparison, kind, report
 from common.runtime import InputError, import_torchvision, print_table, progress_bar, run_script
 from common.settings import parse_settings
-from common.storage import load_checkpoint, write_bytes
+from common.storage import load_checkpoint, read_csv, write_bytes
 
 # Runs of seconds. Each command is also the one that resumes.
 TINY = "--data dead-leaves --limit 70 --device cpu"
@@ -163,7 +162,7 @@ class Campaign:
         for stream in (sys.stdout, sys.stderr):
             os.dup2(log, stream.fileno())
         comparison.run_process = in_this_process
-        report.draw = runs.draw = draw_nothing
+        report.draw = draw_nothing
         events = watch_files(*fault)
         run_script(lambda argv: self.module.main(self.flags))
         self.events_file.write_text(json.dumps(events))
@@ -202,7 +201,7 @@ class Campaign:
 READERS = {
     ".pth": load_checkpoint,
     ".json": lambda path: json.loads(path.read_text()),
-    ".csv": lambda path: list(csv.DictReader(path.read_text().splitlines())),
+    ".csv": read_csv,
 }
 
 

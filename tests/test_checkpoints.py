@@ -160,3 +160,16 @@ def test_other_state_dicts_are_refused(content, message, tmp_path):
     expected = None if "several" in message else TinyVAE32
     with pytest.raises(InputError, match=message):
         models.load_model(tmp_path / "theirs.pth", expected)
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ([], "a list in place of a state dict"),
+        (WEIGHTS | {"fc_mu.bias": 1.0}, r"fc_mu.bias is float, not \[8\]$"),
+        (WEIGHTS | {"fc_mu.bias": torch.zeros(8).to_sparse()}, "fc_mu.bias is torch.sparse_coo"),
+    ],
+)
+def test_what_is_no_tensor_of_a_network_is_told(weights, message):
+    with pytest.raises(ValueError, match=message):
+        storage.refuse_other_weights(weights, WEIGHTS)

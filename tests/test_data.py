@@ -14,7 +14,7 @@ from PIL import Image, features
 from common import data, folders, runtime, sources, synthetic
 from common.models import find_images
 from common.runtime import InputError
-from tests.testing import TouchesWhenLoaded, write_images
+from tests.testing import TouchesWhenLoaded, refuse, write_images
 
 # --- Images made here ---
 
@@ -101,11 +101,8 @@ def test_a_folder_is_decoded_once_until_it_changes(data_dir, monkeypatch, capsys
     write_images(folder / "test", 2)
     first = sources.load_training_images(str(folder))
 
-    def decode_again(paths, description):
-        raise AssertionError("decoded a second time")
-
     with monkeypatch.context() as patch:
-        patch.setattr(folders, "decode_images", decode_again)
+        patch.setattr(folders, "decode_images", refuse)
         again = sources.load_training_images(str(folder))
     assert torch.equal(first.train, again.train)
 
@@ -295,13 +292,7 @@ def test_torchvision_that_does_not_load_is_explained(monkeypatch):
         runtime.import_torchvision()
 
 
-# --- Batches and picks ---
-
-
-def test_an_epoch_shows_each_image_at_most_once():
-    steps = data.shuffled_batches(70, 32, torch.Generator().manual_seed(0))
-    assert steps.shape == (2, 32)
-    assert len(steps.unique()) == 64
+# --- Picks ---
 
 
 def test_images_picked_from_a_split_are_of_all_its_classes():

@@ -6,7 +6,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,15 +15,19 @@ from common import distributed, losses, runs
 from common.runtime import InputError
 from common.training import fit
 from distill_tinyvae import StudentObjective, main
-from tests.testing import HERE, TINY, folders, random_normal, read_table, start_two
+from tests.testing import (
+    HERE,
+    TINY,
+    WEIGHTS,
+    folders,
+    random_normal,
+    read_table,
+    run_of,
+    start_two,
+)
 from tiny_vae_32 import TinyVAE32
 
 CPU = torch.device("cpu")
-WEIGHTS = {"reconstruction": 0.3, "kl": 0.04, "latent": 0.3, "output": 0.2, "perceptual": 0.4}
-SETTINGS = SimpleNamespace(
-    batch_size=8, warmup=0.5, seed=0, calibration="means", compile=False, temperature=3.0,
-    rate=0.4, perceptual_images=0,
-)
 
 
 class HalfByHalf(StudentObjective):
@@ -43,10 +46,8 @@ def state_after_three_steps(objective_class):
     network = TinyVAE32(4, (4, 4, 8, 8), (8, 8, 4, 4))
     projection = losses.make_projection("pixels", targets[0], images, 4)
     vgg = nn.AvgPool2d((1, 4))  # in its place: three maps to compare
-    objective = objective_class(network, WEIGHTS, SETTINGS, projection, targets[0], vgg)
-    run = SimpleNamespace(
-        settings=SETTINGS, device=CPU, precision="fp32", images=images, val_images=images
-    )
+    run = run_of(images, warmup=0.5, temperature=3.0, rate=0.4, perceptual_images=0)
+    objective = objective_class(network, WEIGHTS, run.settings, projection, targets[0], vgg)
     return [*fit(objective, run, "student", 1, "muon", 3e-3, targets)][-1]
 
 

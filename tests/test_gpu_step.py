@@ -279,11 +279,7 @@ def test_a_step_that_overflows_is_skipped_and_the_scale_halves():
     assert scaler.get_scale() == 2.0**9
     for name, tensor in objective.network.named_parameters():
         assert torch.equal(tensor, before[name]), name
-    restored = torch.amp.GradScaler("cpu")
-    restored.load_state_dict(scaler.state_dict())  # as a resumed run does
-    objective.load_state_dict(objective.state_dict())
-    assert restored.get_scale() == 2.0**9
-    assert step(objective, optimizers, batch, restored).isfinite()
+    assert step(objective, optimizers, batch, scaler).isfinite()
     assert any(not torch.equal(p, before[n]) for n, p in objective.network.named_parameters())
 
 

@@ -1,4 +1,4 @@
-"""Figures: metrics, baselines, tables."""
+"""Figures of reconstructions and codes."""
 
 import pytest
 import torch

@@ -66,7 +66,7 @@ def test_a_teacher_that_cannot_be_built_ends_in_a_sentence(monkeypatch):
         models.load_any_teacher("theirs")
 
 
-def test_an_encoder_that_checks_the_range_of_pixels_is_taken(capsys):
+def test_an_encoder_that_checks_the_range_of_pixels_is_taken():
     def strict(images):
         if not (images.min() >= 0 and images.max() <= 1):
             raise ValueError("pixel values must lie in [0, 1]")

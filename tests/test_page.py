@@ -128,7 +128,7 @@ def as_png(pixels):
     return file.getvalue()
 
 
-def test_the_page_draws_what_pytorch_computes(browser_page, tmp_path):
+def test_the_page_draws_what_pytorch_computes(browser_page):
     page = browser_page
     if not VENDOR.exists():
         pytest.skip("web/vendor/ does not hold the runtime: docs/deployment.md has the command")

@@ -195,7 +195,7 @@ def test_a_run_in_poor_surroundings_is_the_same(tiny_run, tmp_path):
     run = tmp_path / "it's \"näive\" 音 $x; `y`"
     environment = {"PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1", "LC_ALL": "C"}
     environment |= {"PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
-    process = start(*TINY, *folders(run), env=environment)
+    process = start(HERE / "distill_tinyvae.py", *TINY, *folders(run), env=environment)
     output, _ = process.communicate(timeout=100)
     assert process.returncode == 0, output
     assert_same_run(tiny_run[0], run)

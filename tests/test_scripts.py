@@ -16,8 +16,9 @@ import test_trained_model
 from common import comparison, data, metrics, models, runs, sources, storage, synthetic
 from common.runtime import InputError
 from common.settings import parse_settings
+from common.storage import read_csv
 from standard_vae import StandardVAE
-from tests.testing import folders, needs_cuda, random_images, read_csv, teacher_of, train
+from tests.testing import folders, needs_cuda, random_images, refuse, teacher_of, train
 from tiny_vae_32 import TinyVAE32
 
 FITTED = {}  # PCA of the same few images, which takes seconds
@@ -181,11 +182,7 @@ def test_the_evaluation_on_cuda(tiny_run, tmp_path):
 @pytest.fixture
 def not_trained_again(monkeypatch):
     """Called, it makes any further training step fail."""
-
-    def fail(*_, **__):
-        raise AssertionError("trained again")
-
-    return lambda: monkeypatch.setattr(torch.Tensor, "backward", fail)
+    return lambda: monkeypatch.setattr(torch.Tensor, "backward", refuse)
 
 
 def test_constants_that_are_of_a_single_run_do_not_reach_students_that_are_compared(
@@ -204,10 +201,10 @@ def test_a_shape_and_its_word_are_the_same():
     architecture = dict(TinyVAE32().architecture)
     word = comparison.shape_name(architecture)
     assert word == "16-32-64-128_64_128-64-32-16"
-    assert TinyVAE32(**comparison.shape().read(word)).architecture == architecture
+    assert TinyVAE32(**comparison.read_shape(word)).architecture == architecture
     for bad in ("16-32", "16-32-64-128_64", "a-b-c-d_64_1-2-3-4", "1-2-3-4_0_1-2-3-4", 16):
         with pytest.raises(ValueError, match="must be a shape like 16-32-64-128_64_128-64-32-16"):
-            comparison.shape().check(bad)
+            comparison.Shape.check(bad)
 
 
 # --- The ablation ---
@@ -400,7 +397,7 @@ def test_each_stage_learns_from_the_one_before(
     assert [r["projection"] for r in found[:3]] == ["pixels", "identity", "pixels"]
     assert not found[3]["with_teacher"] and all(r["rate"] == 30 for r in found)
     # As much computing as both stages: 2 epochs of the larger and 1 of the smaller.
-    macs = [models.count_macs(TinyVAE32(**comparison.shape().read(s))) for s in (SMALL, SMALLER)]
+    macs = [models.count_macs(TinyVAE32(**comparison.read_shape(s))) for s in (SMALL, SMALLER)]
     epochs = round((2 * macs[0] + macs[1]) / macs[1])
     assert int(longer["epochs"]) == int(none_longer["epochs"]) == epochs > 3
     # The figures are those of the checkpoint, computed here another way.

@@ -12,7 +12,8 @@ import search_architecture
 from common import models, storage
 from common.runtime import InputError
 from common.settings import parse_settings
-from tests.testing import HERE, folders, read_csv, teacher_of
+from common.storage import read_csv
+from tests.testing import HERE, folders, teacher_of
 from tiny_vae_32 import TinyVAE32
 
 optuna = pytest.importorskip("optuna")

@@ -1,7 +1,6 @@
 """What several test files share: images, objectives, the tiny run's flags, starting scripts and
 reading a run."""
 
-import csv
 import os
 import shutil
 import subprocess
@@ -106,15 +105,10 @@ def folders(run):
     return ("--checkpoint-dir", str(run / "checkpoints"), "--output-dir", str(run / "outputs"))
 
 
-def start(*flags, **options):
-    """distill_tinyvae.py in a process of its own."""
-    return subprocess.Popen(
-        [sys.executable, HERE / "distill_tinyvae.py", *flags],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        **options,
-    )
+def start(*words, **options):
+    """Python in a process of its own, with these words after its name."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen([sys.executable, *words], **pipes, **options)
 
 
 def train(run, *flags):
@@ -144,16 +138,8 @@ def teacher_of(run):
 
 def start_two(script, *flags):
     """A script in two processes of torchrun, of one thread each."""
-    return subprocess.Popen(
-        [
-            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-            "--", script, *flags,
-        ],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(HERE)},
-    )
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--")
+    return start(*torchrun, script, *flags, env=os.environ | {"PYTHONPATH": str(HERE)})
 
 
 # --- Reading a run ---
@@ -168,23 +154,15 @@ def copy_of(run, tmp_path):
     return tmp_path / "copy"
 
 
-def read_csv(path):
-    """Rows as dictionaries of strings."""
-    with path.open() as file:
-        return list(csv.DictReader(file))
-
-
 def read_table(run):
     """The rows of metrics.csv."""
-    return read_csv(run / "outputs" / "metrics.csv")
+    return storage.read_csv(run / "outputs" / "metrics.csv")
 
 
 def read_rows(run):
-    """The lines of metrics.csv, header first, without the columns that hold the time it took."""
-    with (run / "outputs" / "metrics.csv").open() as file:
-        header, *rows = csv.reader(file)
-    kept = [i for i, name in enumerate(header) if name not in ("ms_per_step", "seconds")]
-    return [[row[i] for i in kept] for row in (header, *rows)]
+    """The same without the columns that hold the time it took."""
+    timed = ("ms_per_step", "seconds")
+    return [{name: row[name] for name in row if name not in timed} for row in read_table(run)]
 
 
 def weights_of(run, name="tinyvae_last.pth"):
