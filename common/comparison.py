@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 
 import torch
-from matplotlib.figure import Figure
 
 from common import kind
 from common.data import Split, evenly_spaced
@@ -22,6 +21,7 @@ from common.models import (
     load_any_teacher,
     load_model,
 )
+from common.pictures import new_figure
 from common.runtime import InputError, describe_device, pick_device, pick_precision
 from common.settings import flag_value
 from common.sources import load_test_images, load_training_images
@@ -216,8 +216,7 @@ def relative_change(row, other, name):
 def make_plots(rows, title):
     """A figure, and (axes, name, label) for each of PLOTTED that the rows have."""
     names = [name for name in PLOTTED if name in rows[0]]
-    figure = Figure(figsize=(6 * len(names), 4.5), layout="constrained")
-    figure.suptitle(title, fontsize=11)
+    figure = new_figure(6 * len(names), 4.5, title)
     axes = figure.subplots(1, len(names), squeeze=False)[0]
     for ax in axes:
         ax.grid(alpha=0.3)

@@ -5,7 +5,6 @@ import io
 from pathlib import Path
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from common import own_teacher
 from common.data import IMAGE_SHAPE
@@ -146,6 +145,8 @@ def count_parameters(model):
 
 def count_macs(vae):
     """Multiply-accumulates to encode and decode one image."""
+    from torch.utils.flop_counter import FlopCounterMode  # here, since it is slow to load
+
     vae = copy.deepcopy(vae).to("meta").eval()  # nothing is computed
     vae.check_range = False
     with FlopCounterMode(display=False) as counter:

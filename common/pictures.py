@@ -7,7 +7,6 @@ are name → VAE in evaluation mode, and `title` says what the picture shows, su
 import io
 
 import torch
-from matplotlib.figure import Figure
 from PIL import Image
 
 from common.data import evenly_spaced, to_float
@@ -135,8 +134,7 @@ def image_rows(rows, title, headings=()):
     """
     rows = list(rows)
     columns = len(rows[0][1])
-    figure = Figure(figsize=(columns * 0.95 + 0.9, len(rows) * 1.05 + 0.5), layout="constrained")
-    figure.suptitle(title, fontsize=10, wrap=True)
+    figure = new_figure(columns * 0.95 + 0.9, len(rows) * 1.05 + 0.5, title)
     axes = figure.subplots(len(rows), columns, squeeze=False)
     for row, (name, images) in zip(axes, rows):
         row[0].set_ylabel(name, fontsize=9, rotation=0, ha="right", va="center")
@@ -148,6 +146,15 @@ def image_rows(rows, title, headings=()):
     for ax, heading in zip(axes[0], headings):
         ax.set_title(heading, fontsize=8)
     return figure, axes
+
+
+def new_figure(width, height, title):
+    """An empty figure with a title; inches."""
+    from matplotlib.figure import Figure  # here, since it is slow to load
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    figure.suptitle(title, fontsize=10, wrap=True)
+    return figure
 
 
 def save_figure(figure, path):

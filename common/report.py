@@ -2,13 +2,12 @@
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 
 from common.folders import read_image
 from common.losses import TERMS
 from common.metrics import evaluate_vae
 from common.models import count_parameters
-from common.pictures import draw_interpolations, draw_reconstructions, save_figure
+from common.pictures import draw_interpolations, draw_reconstructions, new_figure, save_figure
 from common.runtime import print_table, require
 from common.synthetic import photo_crops
 
@@ -134,8 +133,7 @@ def draw_curves(path, rows, title):
         rows: the rows of metrics.csv.
         title: the run in a few words.
     """
-    figure = Figure(figsize=(12, 6.5), layout="constrained")
-    figure.suptitle(title, fontsize=11)
+    figure = new_figure(12, 6.5, title)
     axes = figure.subplots(2, 3).ravel()
     for stage, colour in (("teacher", "tab:grey"), ("student", "tab:blue")):
         stage_rows = [row for row in rows if row["stage"] == stage]
