@@ -51,14 +51,14 @@ INTERPOLATE: kind.Switch = False  # from the first picture to the second
 NEAREST: kind.Switch = False  # show which of the other pictures are like the first
 
 # --- Networks ---
-STUDENT: kind.file_path() = HERE / "checkpoints" / "tinyvae_cifar10.pth"  # the included one
+STUDENT: kind.file_path() = HERE / "checkpoints" / "tinyvae_cifar10.pth"  # a path
 TEACHER: kind.FileOrNone = None  # a second network to show beside it
 DEVICE: kind.Device = "auto"  # auto (cuda, then mps, then cpu), cuda, cpu or mps
 
 # --- Files ---
 # a .png, or, with --tiles and --decode, a folder for one PNG a picture; None: in outputs/
 OUTPUT: kind.FileOrNone = None
-# replace a file that OUTPUT or LATENTS names; those in outputs/ are replaced without it
+# replace the file that OUTPUT or LATENTS names; without a name, that in outputs/ always is
 OVERWRITE: kind.Switch = False
 
 # --- Not settings ---

@@ -61,7 +61,7 @@ REPEATS: kind.Count = 3  # all take turns in each
 OUTPUT_DIR: kind.Folder = HERE / "outputs"  # folder of bench_speed.csv
 
 # --- Not settings ---
-RECIPE = ("--teacher=train", "--vgg=random")  # else as at the top of distill_tinyvae.py
+RECIPE = ("--teacher=train", "--vgg=random")  # terms, weights: those of distill_tinyvae.py
 LEARNING_RATE = 1e-4  # low, so that the losses of few steps can be compared
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 COLUMNS = (
@@ -187,7 +187,7 @@ def fit_pythae(module, loader, job):
 def train(trainer, job_file, folder):
     """Train teacher and student in this process, and write a metrics.csv as ours does."""
     job = torch.load(job_file, weights_only=False) | {"folder": folder}
-    torch.backends.cudnn.allow_tf32 = False  # as in ours
+    torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark = False, True  # as in ours
     fit = {"lightning": fit_lightning, "pythae": fit_pythae}.get(trainer, fit_loop)
     images, device = job["images"], job["device"]
     recipe = parse_settings(vars(distill_tinyvae), RECIPE)

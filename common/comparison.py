@@ -22,7 +22,7 @@ from common.models import (
     load_model,
 )
 from common.pictures import new_figure
-from common.runtime import InputError, describe_device, pick_device, pick_precision
+from common.runtime import InputError, describe_device, pick_device, pick_precision, require
 from common.settings import flag_value
 from common.sources import load_test_images, load_training_images
 from common.storage import check_writable, load_checkpoint, locked
@@ -187,7 +187,9 @@ class Comparison:
         return row
 
     def begin(self, budget):
-        """Make the folders that are written to, and `print_summary`."""
+        """Make the folders that are written to, and `print_summary`. Raises InputError for a folder
+        that cannot be written, and for a package that is missing."""
+        require("matplotlib.figure", "pip install -r requirements.txt")
         check_writable(self.folder)
         check_writable(self.settings.output_dir)
         self.print_summary(budget)

@@ -1,7 +1,7 @@
 """How good a reconstruction is, what the latents carry, how fast a model runs; the baseline, PCA.
 
-What takes a model takes images as uint8, N×3×32×32, compares pixels in [0, 1], and, but for
-`sampled_mse`, decodes from mu.
+Whole splits are taken as uint8, N×3×32×32, batches as floating point. Pixels are compared in
+[0, 1], decoded from mu, in `sampled_mse` from a sample.
 """
 
 import statistics

@@ -1,7 +1,8 @@
 """Pictures of what models make of images. Pixels are drawn as they are, without smoothing.
 
-Of each function `path` is the PNG to write, `images` are uint8 and on the models' device, `models`
-are name → VAE in evaluation mode, and `title` says what the picture shows, such as the split.
+Of each function that takes models, `path` is the PNG to write, `images` are uint8 and on the
+models' device, `models` are name → VAE in evaluation mode, and `title` says what the picture shows,
+such as the split.
 """
 
 import io

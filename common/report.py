@@ -1,4 +1,4 @@
-"""What a run of distill_tinyvae.py prints and draws."""
+"""What a run of distill_tinyvae.py prints and draws; names of the files that are drawn."""
 
 import numpy as np
 import torch
@@ -14,12 +14,11 @@ from common.synthetic import photo_crops
 FEW_IMAGES = 10_000  # with fewer, pictures made by the teacher help: docs/results.md
 TENSORBOARD = "tensorboard"  # a folder in that of the outputs
 PICTURES = ("training_curves.png", "reconstruction_test.png", "interpolation_test.png")
-# Of test_trained_model.py; the last two where there is a teacher.
-EVALUATION_FILES = (
+EVALUATION_FILES = (  # of test_trained_model.py
     "evaluation.json", "reconstruction_test.png", "interpolation_test.png", "samples.png",
     "traversal.png", "colours.png",
 )
-SWAP_FILES = ("code_maps.pth", "swap.png")
+SWAP_FILES = ("code_maps.pth", "swap.png")  # likewise, where there is a teacher
 
 
 def print_summary(run):

@@ -54,16 +54,17 @@ TEACHER_CHECK_IMAGES = 200  # training images that a given teacher is tried on b
 
 @dataclass(frozen=True)
 class Run:
-    settings: Settings         # of distill_tinyvae.py
-    weights: dict              # term → weight, of the terms in use
+    settings: Settings              # of distill_tinyvae.py
+    weights: dict                   # term → weight, of the terms in use
     device: torch.device
-    precision: str             # fp32, bf16 or fp16
-    images: torch.Tensor       # to train on, uint8, N×3×32×32, on the device
-    val_images: torch.Tensor   # held out, likewise
-    vgg: nn.Module | None      # VGGFeatures
-    teacher: nn.Module | None  # that of --teacher PATH
-    student: nn.Module | None  # that of --start
-    record: dict               # settings, data, weights, device: goes into each file
+    precision: str                  # fp32, bf16 or fp16
+    images: torch.Tensor            # to train on, uint8, N×3×32×32, on the device
+    val_images: torch.Tensor        # held out, likewise
+    vgg: nn.Module | None           # VGGFeatures
+    teacher: nn.Module | None       # that of --teacher PATH
+    teacher_checkpoint: dict | None  # what that holds
+    student: nn.Module | None       # that of --start
+    record: dict                    # settings, data, weights, device: goes into each file
 
     @property
     def needs_teacher(self):
@@ -134,7 +135,9 @@ def load(settings, weights, device):
         "versions": versions(),
     }
     train, val = images.train.to(device), images.val.to(device)
-    return Run(s, weights, device, precision, train, val, vgg, teacher, student, record)
+    return Run(
+        s, weights, device, precision, train, val, vgg, teacher, teacher_checkpoint, student, record
+    )
 
 
 def load_given_teacher(settings):
@@ -162,7 +165,8 @@ def load_given_teacher(settings):
 
 
 def check_settings(s, weights):
-    """Raise InputError for settings that do not go together."""
+    """Raise InputError for settings that do not go together, and for a package that is missing."""
+    require("matplotlib.figure", "pip install -r requirements.txt")
     if s.tensorboard:
         require("torch.utils.tensorboard", "pip install tensorboard")
     if s.resume and s.overwrite:
@@ -308,21 +312,22 @@ def state_to_resume(run, name):
         return None
     earlier = load_checkpoint(path)["record"]
     for what in ("device_name", "precision", "perceptual_precision", "versions"):
-        if earlier.get(what) != run.record[what] and run.record[what]:
-            print(f"{path}: {what} has changed: {earlier.get(what)} → {run.record[what]}")
+        if what in earlier and earlier[what] != run.record[what] and run.record[what]:
+            print(f"{path}: {what} has changed: {earlier[what]} → {run.record[what]}")
     return path
 
 
 def load_teacher(run):
     """The teacher of --teacher, or that of the checkpoint folder if one is needed, and its rows of
     metrics.csv; None and no rows where there is none. Prints which."""
-    given = run.settings.teacher if run.teacher else None
-    path = given or run.checkpoint(TRAINED_TEACHER)
-    if not given and not (run.needs_teacher and path.exists()):
-        return None, []
-    if not given and not rank():  # left by a run that died as stage 1 ended
-        run.checkpoint(TEACHER_STATE).unlink(missing_ok=True)
-    teacher, checkpoint = load_any_teacher(path)
+    path, teacher, checkpoint = run.settings.teacher, run.teacher, run.teacher_checkpoint
+    if not teacher:
+        path = run.checkpoint(TRAINED_TEACHER)
+        if not (run.needs_teacher and path.exists()):
+            return None, []
+        if not rank():  # left by a run that died as stage 1 ended
+            run.checkpoint(TEACHER_STATE).unlink(missing_ok=True)
+        teacher, checkpoint = load_model(path, StandardVAE)
     record, rows = checkpoint.get("record", {}), checkpoint.get("rows", [])
     details = [f"MSE {rows[-1]['val_mse']:.5f} on its own validation images"] if rows else []
     if "device_name" in record:

@@ -122,10 +122,9 @@ def pick_device(name):
     """`auto` takes CUDA, then MPS, then the CPU. Of several GPUs, a process of torchrun takes its
     own. Raises InputError if a named one is missing, or one that is there cannot compute.
 
-    fp32 means it: TF32, which Ampere and later use in convolutions by default, is turned off.
+    Convolutions in fp32 are in fp32: TF32, which Ampere and later use by default, is turned off.
     """
     torch.backends.cudnn.allow_tf32 = False
-    torch.backends.cudnn.benchmark = True  # shapes are few: look for the fastest algorithm once
     has_cuda, warning = look_for_cuda()
     built_for_cuda = torch.version.cuda or torch.version.hip
     no_cuda = "finds no GPU, or no driver" if built_for_cuda else "is built without it"
@@ -175,6 +174,7 @@ def pick_precision(name, device, flag="--precision"):
 
     Raises InputError, which names the flag, for what the device lacks.
     """
+    torch.backends.cudnn.benchmark = True  # shapes are few: look for the fastest algorithm once
     if name == "fp16" and device.type != "cuda":
         raise InputError(
             f"fp16 training needs a CUDA device, this is {device.type}: use {flag} auto"

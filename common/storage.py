@@ -130,7 +130,7 @@ def write_csv(path, columns, rows):
 
 def read_csv(path):
     """The rows of a table: dictionaries of strings."""
-    with Path(path).open(newline="") as file:
+    with Path(path).open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 

@@ -104,13 +104,13 @@ def load_vgg16(source, seed=0):
 
 
 def refuse_judge(judge_record, record):
-    """Raise InputError if the VGG16 that judges, by its record, is the one that a student with this
-    record was trained with."""
+    """Raise InputError if the VGG16 that judges, by its record, is that of the loss of a student
+    with this record."""
     sha256 = judge_record["vgg_sha256"]
     if sha256 and sha256 == record.get("vgg_sha256"):
         raise InputError(
-            "--judge holds the VGG16 weights that the student was trained with, which cannot judge "
-            "it: name others, or --judge none"
+            "--judge holds the VGG16 weights of the student's own loss, which cannot judge it: "
+            "name others, or --judge none"
         )
 
 

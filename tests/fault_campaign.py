@@ -32,7 +32,14 @@ import torch
 from tqdm import tqdm
 
 from common import comparison, kind, report
-from common.runtime import InputError, import_torchvision, print_table, progress_bar, run_script
+from common.runtime import (
+    InputError,
+    import_torchvision,
+    print_table,
+    progress_bar,
+    require,
+    run_script,
+)
 from common.settings import parse_settings
 from common.storage import load_checkpoint, read_csv, write_bytes
 
@@ -235,6 +242,7 @@ def main(argv=()):
     torch.set_num_threads(1)  # a process with threads should not be forked
     tqdm.monitor_interval = 0  # another thread
     import_torchvision()  # here, and not in every fork
+    require("matplotlib.figure")  # which may write a cache
     chance, tries, lost = random.Random(s.seed), Counter(), []
     with tempfile.TemporaryDirectory(prefix="a campaign ") as temporary:
         folder = Path(temporary).resolve()

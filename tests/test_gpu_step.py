@@ -137,7 +137,7 @@ def test_a_process_of_torchrun_takes_a_gpu_of_its_own(monkeypatch):
         if run_id:
             monkeypatch.setenv("TORCHELASTIC_RUN_ID", run_id)
         assert runtime.pick_device("cuda").type == "cuda"
-    assert taken == [0, 1]
+    assert taken == [0, 1] and not torch.backends.cudnn.allow_tf32
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(InputError, match="has 1 CUDA devices: start no more processes"):
         runtime.pick_device("cuda")

@@ -69,6 +69,8 @@ def test_evaluation_script(tiny_run, tmp_path, capsys):
     expected = record["swap"]["student_to_teacher"]
     assert F.mse_loss(swapped, images).item() == pytest.approx(expected, rel=1e-3)
     assert student["cka"] < record["results"]["teacher"]["cka"] == pytest.approx(1)
+    with pytest.raises(InputError, match="of the student's own loss, which cannot judge it"):
+        test_trained_model.main([*flags, "--judge", "random"])
 
 
 def test_evaluation_is_beside_the_teacher_of_the_training_or_the_one_named(
@@ -356,6 +358,8 @@ def test_pruned_students_are_trained_once_beside_fresh_ones(
     assert "epochs was 1, is 2" in capsys.readouterr().err
     with pytest.raises(InputError, match=r"no student is left with 0\.999 of the parameters"):
         prune_tinyvae.main([*flags, "--ratios", "0.999"])
+    with pytest.raises(InputError, match="cannot judge"):  # the weights of the whole one's loss
+        prune_tinyvae.main([*flags, "--judge", "random"])
 
 
 # --- Stages ---
