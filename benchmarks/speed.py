@@ -79,8 +79,10 @@ class Loss(nn.Module):
 
     def __init__(self, model, recipe, teacher=None, projection=None, vgg16=None, seen=None):
         super().__init__()
-        self.model, self.recipe = model, recipe  # the settings of distill_tinyvae.py
-        self.teacher, self.projection = teacher, projection
+        self.model, self.teacher, self.projection = model, teacher, projection
+        # recipe: the settings of distill_tinyvae.py
+        self.weights = distill_tinyvae.term_weights(recipe)
+        self.beta, self.temperature = recipe.teacher_kl_weight, recipe.temperature
         self.vgg16, self.seen = vgg16, seen
         self.values, self.times = [], []
         model.check_range = False  # a safeguard that training leaves out
@@ -95,7 +97,7 @@ class Loss(nn.Module):
         mu, logvar = self.model.encode(images)
         reconstruction = self.model.decode(self.model.reparameterize(mu, logvar))
         error = losses.reconstruction_loss(reconstruction, images)
-        return error + self.recipe.teacher_kl_weight * losses.kl_loss(mu, logvar)
+        return error + self.beta * losses.kl_loss(mu, logvar)
 
     def student_loss(self, images):
         self.projection.retract()  # after the last step
@@ -112,12 +114,11 @@ class Loss(nn.Module):
             "kl": losses.kl_loss(mu, logvar),
             "latent": losses.latent_distillation_loss(mu, self.projection(teacher_mu)),
             "output": losses.output_distillation_loss(
-                logits_of_mean, teacher_logits, self.recipe.temperature
+                logits_of_mean, teacher_logits, self.temperature
             ),
             "perceptual": losses.perceptual_loss(self.features, shown, images[: self.seen]),
         }
-        weights = distill_tinyvae.term_weights(self.recipe)
-        return sum(weight * terms[name] for name, weight in weights.items())
+        return sum(weight * terms[name] for name, weight in self.weights.items())
 
     def features(self, images):
         """VGG16's after relu1_2, relu2_2 and relu3_3, scaled to unit length over channels."""
