@@ -7,7 +7,7 @@
 
 Where no run has left a student in checkpoints/ it takes the included one. Prints tables and the
 answer, writes evaluation.json, and draws reconstructions, interpolations, the most colourful test
-images, samples and a latent traversal. Takes 1 to 3 minutes on 2 CPU cores for CIFAR-10's 10,000
+images, samples and a latent traversal. Takes 1 to 4 minutes on 2 CPU cores for CIFAR-10's 10,000
 test images, and three to five with a judge. All errors are of pixels in [0, 1], decoded from mu
 unless a sample is named.
 
